@@ -1,0 +1,5 @@
+"""`python -m difyops` is the same as `difyops`."""
+
+from difyops.cli import main
+
+main()
