@@ -1,4 +1,4 @@
-"""difyops.yaml as typed settings. Every error carries the key path, what was expected, the remedy."""
+"""difyops.yaml as typed settings; an error carries the key path, what was expected, the remedy."""
 
 from __future__ import annotations
 
