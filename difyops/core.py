@@ -81,6 +81,18 @@ class User:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What a deployment directory holds already. Empty before the first `up`."""
+
+    postgres: str | None = None  # version and provider of the programs in opt/
+    valkey: str | None = None
+    checkout: str | None = None  # identity of Dify's code: commit, or fingerprint of a directory
+    queues: tuple[str, ...] = ()  # Celery queues, read from the checkout
+    environment: str | None = None  # identity of Dify's Python environment
+    python_reachable: bool = True  # `user` can execute our own interpreter
+
+
+@dataclass(frozen=True)
 class Deployment:
     """Everything known about one deployment directory before anything is decided."""
 
@@ -89,6 +101,8 @@ class Deployment:
     secrets: Secrets
     release: Release
     user: User | None  # None: services run as whoever runs difyops
+    facts: Facts = Facts()
+    source: str | None = None  # where Dify's code comes from, when not from what is there
 
     @property
     def owner(self) -> tuple[int, int] | None:

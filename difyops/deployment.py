@@ -1,0 +1,38 @@
+"""Gather what is known about a deployment directory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from difyops import checkout, dify_python, identity, releases, settings
+from difyops.core import Deployment, Facts, Paths
+from difyops.secrets import Secrets
+from difyops.services import pg_binaries, valkey
+
+
+def load(root: Path, source: str | None = None) -> Deployment:
+    """Read settings, secrets and what is installed. `source` overrides where Dify comes from.
+
+    Raises UsageError for a directory that is not a deployment, or a wrong setting.
+    """
+    paths = Paths(root.resolve())
+    wanted = settings.load(paths.settings)
+    secrets = Secrets.load(paths.secrets)
+    release = releases.get(wanted.dify.version)
+    user = identity.find(identity.wanted(wanted.run_as, paths.root))
+    known = Deployment(
+        paths, wanted, secrets, release, user, source=source or wanted.dify.source
+    )
+    tree = paths.source(release.version)
+    found = checkout.recorded(tree)
+    facts = Facts(
+        postgres=pg_binaries.installed(known) if wanted.postgres.provider != "external" else None,
+        valkey=valkey.installed(known) if wanted.redis.provider != "external" else None,
+        checkout=found.identity if found else None,
+        queues=tuple(checkout.queues(tree)) if found else (),
+        environment=dify_python.identity(known),
+        python_reachable=user is None or identity.can(user, "-x", Path(os.path.realpath(sys.executable))),
+    )
+    return Deployment(paths, wanted, secrets, release, user, facts, known.source)

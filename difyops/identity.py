@@ -1,0 +1,86 @@
+"""Who services run as. Root is given up wherever the kernel lets us: Postgres refuses it."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+from pathlib import Path
+
+from difyops.core import User
+from difyops.errors import PrerequisiteError, UsageError
+
+DEFAULT_USER = "difyops"
+
+
+def wanted(run_as: str | None, root: Path) -> str | None:
+    """The name of the user that services should run as; None when we are not root.
+
+    Order: `run_as`, the owner of the deployment directory if that is not root, `difyops`.
+    """
+    if os.geteuid() != 0:
+        return None
+    if run_as:
+        if run_as == "root":
+            raise UsageError("run_as: root cannot be used", "Postgres refuses to run as root")
+        return run_as
+    owner = root.stat().st_uid if root.exists() else 0
+    if owner:
+        try:
+            return pwd.getpwuid(owner).pw_name
+        except KeyError:
+            raise UsageError(
+                f"{root} belongs to uid {owner}, which has no name", "set run_as in difyops.yaml"
+            ) from None
+    return DEFAULT_USER
+
+
+def find(name: str | None) -> User | None:
+    """The account `name`, or None when there is none (yet)."""
+    if name is None:
+        return None
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        return None
+    return User(entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir)
+
+
+def create(name: str) -> User:
+    """Make the system account that services run as. Only `difyops` is made; others must exist."""
+    if name != DEFAULT_USER:
+        raise UsageError(f"run_as: there is no user {name!r}", f"useradd --system {name}")
+    if not shutil.which("useradd"):
+        raise PrerequisiteError(
+            "started by root, and there is no unprivileged user for Postgres (nor useradd)",
+            "set run_as in difyops.yaml to an ordinary user of this machine",
+        )
+    done = subprocess.run(
+        ["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent",
+         "--shell", "/usr/sbin/nologin", name],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    user = find(name)
+    if user is None:
+        raise PrerequisiteError(f"useradd {name} failed: {done.stderr.strip()}", "set run_as")
+    return user
+
+
+def can(user: User | None, test: str, path: Path) -> bool:
+    """Whether `user` passes test(1)'s `-r`, `-w` or `-x` on a path, all parents included."""
+    if user is None:
+        return os.access(path, {"r": os.R_OK, "w": os.W_OK, "x": os.X_OK}[test])
+    command = ["test", f"-{test}", str(path)]
+    done = subprocess.run(
+        command, user=user.uid, group=user.gid, extra_groups=[], cwd="/", check=False
+    )
+    return done.returncode == 0
+
+
+def hand_over(path: Path, user: User | None, mode: int = 0o700) -> None:
+    """Make a directory that belongs to the service's user."""
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(mode)
+    if user and path.stat().st_uid != user.uid:
+        os.chown(path, user.uid, user.gid)

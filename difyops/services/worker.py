@@ -1,0 +1,41 @@
+"""Dify's worker: Celery, on exactly the queues that this release's own entrypoint names."""
+
+from __future__ import annotations
+
+from difyops.core import Deployment, NotReady, Service
+from difyops.services import api, valkey
+
+
+def declare(deployment: Deployment) -> Service | None:
+    if not deployment.settings.dify.enabled:
+        return None
+    program, *arguments = deployment.release.worker
+    return Service(
+        "worker",
+        needs=("api",),  # one boots at a time: both import for ten seconds and more
+        process=api.process(deployment, program, *arguments, "-Q", ",".join(deployment.facts.queues)),
+        ready=ready,
+        ready_seconds=180,
+    )
+
+
+def consumers(deployment: Deployment) -> int:
+    """How many clients of the broker are waiting for a task (a blocking pop on its database)."""
+    listed = valkey.client(deployment, valkey.BROKER_DB).client_list()
+    return sum(
+        1
+        for entry in listed
+        if entry["cmd"] == "brpop" and entry["db"] == str(valkey.BROKER_DB)
+    )
+
+
+def ready(deployment: Deployment) -> str:
+    import redis
+
+    try:
+        waiting = consumers(deployment)
+    except redis.RedisError as error:
+        raise NotReady(str(error)) from None
+    if not waiting:
+        raise NotReady("waiting for it to take tasks")
+    return f"{len(deployment.facts.queues)} queues"
