@@ -1,0 +1,116 @@
+"""`difyops init`: ask what is missing, write difyops.yaml and secrets.env, once."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from difyops import secrets, settings
+from difyops.core import Paths
+from difyops.errors import DifyopsError
+from difyops.files import write_atomic
+
+HEADER = """\
+# What you want of this Dify; yours to edit. Then: difyops up --source
+# Every key is optional; docs/settings.md describes them all.
+"""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What `init` did in a directory: `created` or `same` for each file."""
+
+    root: Path
+    settings: str
+    secrets: list[str]  # names added
+
+
+def run(root: Path, answers: dict[str, Any], ask: Callable[[], dict[str, Any]]) -> Made:
+    """Make `root` a deployment directory; a second run changes nothing.
+
+    `answers` come from flags; `ask` is called for the rest when there is no difyops.yaml yet.
+    Raises UsageError for a wrong answer, before anything is written.
+    """
+    paths = Paths(root.resolve())
+    verb = "same"
+    if paths.settings.exists():
+        if answers:
+            raise DifyopsError(
+                f"{paths.settings} is there already, and init does not change it",
+                "edit it, then: difyops up --source",
+            )
+        settings.load(paths.settings)
+    else:
+        chosen = _merged(_defaults(), ask(), answers)
+        settings.parse(chosen)
+        write_atomic(paths.settings, HEADER + _yaml(chosen))
+        verb = "created"
+    return Made(paths.root, verb, secrets.ensure(paths.secrets))
+
+
+def _defaults() -> dict[str, Any]:
+    """What `--yes` writes. A port that is taken now is not one to begin with."""
+    taken: set[int] = set()
+    known = settings.Settings()
+    return {
+        "dify": {"version": known.dify.version, "port": _free(known.dify.port, taken)},
+        "mode": known.mode,
+        "model": {
+            "backend": known.model.backend,
+            "name": known.model.name,
+            "port": _free(known.model.port, taken),
+        },
+        "embedding": {"name": "minilm-l6"},
+        "vector_store": known.vector_store,
+        "postgres": {
+            "provider": known.postgres.provider,
+            "port": _free(known.postgres.port, taken),
+        },
+        "redis": {"provider": known.redis.provider, "port": _free(known.redis.port, taken)},
+    }
+
+
+def _free(port: int, taken: set[int]) -> int:
+    """The first port from `port` on that nobody listens on; two calls never get the same."""
+    for candidate in range(port, port + 200):
+        if candidate not in taken and is_free(candidate):
+            taken.add(candidate)
+            return candidate
+    return port
+
+
+def is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether a server could listen on this TCP port."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def _merged(*parts: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            old = result.get(key)
+            both = isinstance(old, dict) and isinstance(value, dict)
+            result[key] = _merged(old or {}, value) if both else value
+    return result
+
+
+def _yaml(value: dict[str, Any]) -> str:
+    """A section a line where it is short, as a person would write it."""
+    lines = []
+    for key, entry in value.items():
+        text = yaml.safe_dump(
+            {key: entry}, sort_keys=False, default_flow_style=None, width=96, allow_unicode=True
+        )
+        lines.append(text)
+    return "".join(lines)

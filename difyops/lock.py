@@ -1,0 +1,41 @@
+"""One command at a time changes a deployment. The lock dies with its holder, however that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from difyops.core import Paths
+from difyops.errors import DifyopsError
+
+
+@contextlib.contextmanager
+def held(paths: Paths, command: str) -> Iterator[None]:
+    """Hold the deployment's lock. Raises DifyopsError saying who holds it."""
+    from filelock import FileLock, Timeout
+
+    paths.run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(paths.run / "lock")
+    holder = paths.run / "lock.holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise DifyopsError(
+            f"{paths.root} is busy: {_who(holder)}", "wait for it to end, then run this again"
+        ) from None
+    try:
+        holder.write_text(f"pid {os.getpid()}, `difyops {command}`, since {time.strftime('%H:%M:%S')}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _who(holder: Path) -> str:
+    try:
+        return holder.read_text()
+    except FileNotFoundError:
+        return "another difyops is at work"

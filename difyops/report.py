@@ -1,0 +1,192 @@
+"""The only module that prints. Payload to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from difyops.errors import DifyopsError, StepError
+from difyops.secrets import REDACTED, Secret
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.status import Status
+
+    from difyops.doctor import Report
+    from difyops.render import Rendered
+    from difyops.supervise import State
+
+WIDTH = 100
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    # Piped output is read by programs and logs: it is not cut to a terminal's width.
+    width = None if stream.isatty() else 10_000
+    return Console(stderr=stderr, highlight=False, width=width, soft_wrap=True, emoji=False)
+
+
+def emit(text: str) -> None:
+    """Payload."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+def emit_json(value: object) -> None:
+    """Payload for machines; secrets are redacted, whatever they are in."""
+    emit(json.dumps(value, default=_plain, indent=2))
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, Secret):
+        return REDACTED
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def error(problem: DifyopsError, root: Path | None = None) -> None:
+    """What, where, and the remedy; for a step, the end of its log and where the rest is."""
+    console = _console(stderr=True)
+    console.print("[red]error:[/red]", end=" ")
+    console.print(problem.message, markup=False)
+    if isinstance(problem, StepError):
+        for line in problem.tail:
+            console.print(f"    {line}", markup=False, style="dim")
+        if problem.log:
+            console.print(f"  Log: {_short(problem.log, root)}", markup=False)
+    if problem.hint:
+        console.print(f"  Fix: {problem.hint}", markup=False)
+
+
+def _short(path: Path, root: Path | None) -> str:
+    with suppress(ValueError):
+        return str(path.relative_to(root or Path.cwd()))
+    return str(path)
+
+
+class Lines:
+    """Progress: a line a finished step; on a terminal a spinner for the one at work."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._console = _console(stderr=True)
+        self._root = root
+        self._status: Status | None = None
+        self._log: Path | None = None
+        self._began = 0.0
+        self._said = 0.0
+
+    def started(self, name: str, log: Path | None = None) -> None:
+        self._log, self._began = log, time.monotonic()
+        self._said = self._began
+        if self._console.is_terminal:
+            self._status = self._console.status(self._working(name, ""), spinner="dots")
+            self._status.start()
+
+    def detail(self, name: str, text: str) -> None:
+        if self._status:
+            self._status.update(self._working(name, text))
+        elif time.monotonic() - self._said >= 15:  # a log that is silent for minutes looks hung
+            self._said = time.monotonic()
+            self._console.print(f"  . {name:<14} {text}", markup=False)
+
+    def finished(self, name: str, detail: str, seconds: float | None) -> None:
+        self._stop()
+        took = "" if seconds is None else f"{seconds:6.1f} s"
+        self._console.print("  [green]✓[/green] ", end="")
+        self._console.print(f"{name:<14} {detail:<60} {took}".rstrip(), markup=False)
+
+    def failed(self, name: str, message: str, seconds: float) -> None:
+        self._stop()
+        self._console.print("  [red]✗[/red] ", end="")
+        self._console.print(f"{name:<14} failed after {seconds:.1f} s", markup=False)
+
+    def note(self, text: str) -> None:
+        self._console.print(f"  - {text}", markup=False)
+
+    def close(self) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._status:
+            self._status.stop()
+            self._status = None
+
+    def _working(self, name: str, text: str) -> str:
+        from rich.markup import escape
+
+        where = f"  [dim]{escape(_short(self._log, self._root))}[/dim]" if self._log else ""
+        return f"{name:<14} {escape(text)}{where}"
+
+
+def states(found: Sequence[State]) -> None:
+    """The table of `difyops status`."""
+    rows = [("service", "state", "pid", "uptime", "memory", "restarts", "port")]
+    for s in found:
+        rows.append(
+            (
+                s.name,
+                s.state,
+                str(s.pid or "-"),
+                "-" if s.uptime is None else _duration(s.uptime),
+                "-" if s.memory is None else f"{s.memory / 2**20:.0f} MiB",
+                "-" if s.restarts is None else str(s.restarts),
+                str(s.port or "-"),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        emit("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours}h"
+    return f"{hours}h {minutes}m" if hours else f"{minutes}m {rest}s" if minutes else f"{rest}s"
+
+
+def rendered(files: Iterable[Rendered], *, diff: bool) -> None:
+    for file in files:
+        emit(f"{file.verb:<8} {file.path}")
+        if diff and file.diff:
+            emit(file.diff)
+
+
+def doctor(report: Report, *, stderr: bool = False) -> None:
+    """Results a topic: one line where all is well, one a finding with evidence, reason and fix."""
+    console = _console(stderr=stderr)
+    for topic in dict.fromkeys(r.id.split(".")[0] for r in report.results):
+        mine = [r for r in report.results if r.id.split(".")[0] == topic]
+        fine = [r for r in mine if r.status == "ok"]
+        if fine:
+            said = fine[0].evidence if len(fine) == 1 else f"{len(fine)} checks"
+            _line(console, topic, "ok", said)
+        for r in mine:
+            if r.status == "ok":
+                continue
+            _line(console, topic, r.status, f"{r.id}  {r.evidence}" if r.status != "skip" else
+                  f"{r.id}  {r.evidence}")  # fmt: skip
+            for label, value in (("why", r.why), ("fix", r.fix)):
+                if value and r.status in ("fail", "warn"):
+                    console.print(f"{'':<16} {label}: {value}", markup=False)
+    console.print(report.summary(), markup=False)
+
+
+def _line(console: Console, topic: str, status: str, text: str) -> None:
+    word = status.upper() if status in ("fail", "warn") else status
+    console.print(f"{topic:<11}", end="", markup=False)
+    console.print(f"{word:<5}", end=" ", style=_STYLES[status])
+    console.print(text, markup=False)

@@ -1,0 +1,304 @@
+"""Processes through supervisord: started in order with readiness, surviving the CLI, reaped.
+
+supervisord owns the processes; difyops talks to it over its unix socket (XML-RPC) and finds what
+an abruptly killed one may have left behind by the marker in each process's environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from difyops import identity
+from difyops.core import Deployment, NotReady, Plan, Progress, Service
+from difyops.errors import PrerequisiteError, StepError
+from difyops.files import tail
+from difyops.plan import MARKER, socket_path, starts_file
+
+if TYPE_CHECKING:
+    import psutil
+
+#: A service that was launched this often without getting ready is not going to.
+LAUNCHES = 4
+
+
+@dataclass(frozen=True)
+class State:
+    """One service as it stands. Times in seconds, memory in bytes (children included)."""
+
+    name: str
+    state: str  # running, starting, backoff, stopping, stopped, exited, fatal, external
+    pid: int | None = None
+    uptime: float | None = None
+    memory: int | None = None
+    restarts: int | None = None
+    port: int | None = None
+
+
+class Supervisor:
+    """The supervisord of one deployment."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment = deployment
+        self.socket = socket_path(deployment)
+
+    # --- supervisord itself -----------------------------------------------------------------------
+
+    def _rpc(self) -> Any:
+        from xmlrpc.client import ServerProxy  # noqa: S411 - our own socket, in a 0700 folder
+
+        from supervisor.xmlrpc import SupervisorTransport
+
+        transport = SupervisorTransport(None, None, f"unix://{self.socket}")
+        return ServerProxy("http://127.0.0.1", transport=transport).supervisor
+
+    def running(self) -> bool:
+        """Whether supervisord answers."""
+        if not self.socket.exists():
+            return False
+        try:
+            return bool(self._rpc().getState()["statename"] == "RUNNING")
+        except (OSError, ConnectionError, ValueError):
+            return False
+        except Exception as error:  # xmlrpc has several kinds of "somebody else answered"
+            if type(error).__module__.startswith(("xmlrpc", "http")):
+                return False
+            raise
+
+    def start(self) -> bool:
+        """Start supervisord if it does not run, after ending what a killed one left. -> started."""
+        if self.running():
+            return False
+        self.reap()
+        self._make_socket_folder()
+        self.socket.unlink(missing_ok=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "supervisor.supervisord", "-c",
+             str(self.deployment.paths.etc / "supervisord.conf")],
+            cwd=self.deployment.paths.root,
+            env=_clean_environment(),
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        log = self.deployment.paths.logs / "supervisord.log"
+        if done.returncode:
+            raise StepError(
+                f"supervisord did not start: {(done.stderr or done.stdout).strip()}",
+                log=log, tail=tail(log),
+            )  # fmt: skip
+        deadline = time.monotonic() + 15
+        while not self.running():
+            if time.monotonic() > deadline:
+                raise StepError("supervisord does not answer", log=log, tail=tail(log))
+            time.sleep(0.05)
+        return True
+
+    def _make_socket_folder(self) -> None:
+        folder = self.socket.parent
+        if folder == self.deployment.paths.run:
+            return
+        folder.mkdir(mode=0o700, exist_ok=True)
+        info = folder.lstat()
+        if info.st_uid != os.geteuid() or info.st_mode & 0o077 or folder.is_symlink():
+            raise PrerequisiteError(f"{folder} belongs to somebody else", "use a shorter path")
+
+    def shutdown(self) -> None:
+        """End supervisord (its services are stopped already) and wait until it is gone."""
+        try:
+            pid = int(self._rpc().getPID())
+            self._rpc().shutdown()
+        except OSError:
+            return
+        deadline = time.monotonic() + 30
+        while _alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def reap(self) -> list[str]:
+        """End processes of this deployment that no supervisord owns. -> what was ended."""
+        import psutil
+
+        left = list(self._strays())
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                # INT is Postgres' fast shutdown; the others end on TERM.
+                postgres = process.name() == "postgres"
+                process.send_signal(signal.SIGINT if postgres else signal.SIGTERM)
+        _, alive = psutil.wait_procs(left, timeout=20)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=5)
+        return sorted(f"{p.pid}" for p in left)
+
+    def _strays(self) -> Iterator[psutil.Process]:
+        import psutil
+
+        me = os.getpid()
+        for process in psutil.process_iter():
+            try:
+                ours = process.environ().get(MARKER) == str(self.deployment.paths.root)
+            except (psutil.Error, OSError):
+                continue
+            if ours and process.pid != me:
+                yield process
+
+    # --- services ---------------------------------------------------------------------------------
+
+    def sync(self) -> list[str]:
+        """Take over etc/supervisord.conf; what changed or went is stopped. -> what was stopped."""
+        rpc = self._rpc()
+        added, changed, removed = rpc.reloadConfig()[0]
+        for name in (*changed, *removed):
+            rpc.stopProcessGroup(name)
+            rpc.removeProcessGroup(name)
+        for name in (*added, *changed):
+            rpc.addProcessGroup(name)
+        return [*changed, *removed]
+
+    def info(self, name: str) -> dict[str, Any]:
+        return dict(self._rpc().getProcessInfo(name))
+
+    def launch(self, name: str) -> None:
+        """Start a process if it is not running; its start count begins anew."""
+        if self.info(name)["statename"] in ("RUNNING", "STARTING"):
+            return
+        starts_file(self.deployment, name).unlink(missing_ok=True)
+        with contextlib.suppress(_fault()):  # it began or failed meanwhile: the state tells
+            self._rpc().startProcess(name, False)
+
+    def stop(self, name: str) -> None:
+        """Stop a process and wait for its end."""
+        if self.info(name)["statename"] not in ("STOPPED", "EXITED", "FATAL"):
+            with contextlib.suppress(_fault()):
+                self._rpc().stopProcess(name, True)
+
+    def bring_up(self, service: Service, progress: Progress) -> str:
+        """Start one service and wait until its probe is content. -> the probe's detail.
+
+        Raises StepError with the last lines of its log.
+        """
+        if service.process:
+            self.launch(service.name)
+        began = time.monotonic()
+        while True:
+            try:
+                return service.ready(self.deployment) if service.ready else ""
+            except NotReady as reason:
+                waited = time.monotonic() - began
+                self._give_up_if_hopeless(service, str(reason), waited)
+                progress.detail(service.name, f"{reason}, {waited:.0f} s")
+            time.sleep(0.1 if waited < 2 else 0.4)
+
+    def _give_up_if_hopeless(self, service: Service, reason: str, waited: float) -> None:
+        log = self.deployment.paths.logs / f"{service.name}.log"
+        problem = None
+        if service.process:
+            launches = len(tail(starts_file(self.deployment, service.name), 100))
+            if self.info(service.name)["statename"] == "FATAL" or launches >= LAUNCHES:
+                problem = f"{service.name} ended {max(launches, 1)} times at its start"
+                self.stop(service.name)
+        if problem is None and waited > service.ready_seconds:
+            problem = f"{service.name} is not ready after {waited:.0f} s: {reason}"
+        if problem:
+            local = service.process is not None
+            raise StepError(problem, log=log if local else None, tail=tail(log) if local else ())
+
+    def states(self, plan: Plan) -> list[State]:
+        """Every service of the plan as it stands."""
+        if not self.running():
+            infos = {}
+        else:
+            infos = {info["name"]: info for info in self._rpc().getAllProcessInfo()}
+        return [self._state(service, infos.get(service.name)) for service in plan.services]
+
+    def _state(self, service: Service, info: dict[str, Any] | None) -> State:
+        if service.process is None:
+            return State(service.name, "external", port=service.port)
+        if info is None:
+            return State(service.name, "stopped", port=service.port)
+        state = str(info["statename"]).lower()
+        if state not in ("running", "starting", "stopping"):
+            return State(service.name, state, port=service.port)
+        launches = len(tail(starts_file(self.deployment, service.name), 10_000))
+        return State(
+            service.name,
+            state,
+            pid=int(info["pid"]),
+            uptime=float(info["now"] - info["start"]),
+            memory=_memory(int(info["pid"])),
+            restarts=max(0, launches - 1),
+            port=service.port,
+        )
+
+
+def make_folders(deployment: Deployment) -> None:
+    """The folders services write to, given to their user; the ones above stay enterable."""
+    paths, user = deployment.paths, deployment.user
+    for folder in (paths.etc, paths.opt, paths.data, paths.logs, paths.step_logs):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in ("valkey", "storage", "home"):
+        identity.hand_over(paths.data / name, user)
+    identity.hand_over(paths.data, user, 0o755)
+    # Only we write here: the socket that commands supervisord is in it.
+    paths.run.mkdir(parents=True, exist_ok=True)
+    paths.run.chmod(0o711 if user else 0o700)
+
+
+def stop_all(deployment: Deployment, plan: Plan, progress: Progress) -> None:
+    """Stop every service, last started first, then supervisord; nothing is left behind."""
+    supervisor = Supervisor(deployment)
+    if supervisor.running():
+        known = {info["name"] for info in supervisor._rpc().getAllProcessInfo()}
+        order = [s.name for s in reversed(plan.services) if s.name in known]
+        for name in [*(known - set(order)), *order]:
+            began = time.monotonic()
+            progress.started(name)
+            supervisor.stop(name)
+            progress.finished(name, "stopped", time.monotonic() - began)
+        supervisor.shutdown()
+    for pid in supervisor.reap():
+        progress.note(f"ended a left-over process, pid {pid}")
+
+
+def _fault() -> type[Exception]:
+    from xmlrpc.client import Fault  # noqa: S411
+
+    return Fault
+
+
+def _memory(pid: int) -> int | None:
+    """Resident bytes of a process and its children, shared pages counted once by PSS if we may."""
+    import psutil
+
+    try:
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        return sum(_resident(p) for p in family)
+    except psutil.Error:
+        return None
+
+
+def _resident(process: psutil.Process) -> int:
+    import psutil
+
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.AccessDenied:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def _alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def _clean_environment() -> dict[str, str]:
+    kept = ("PATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "LD_LIBRARY_PATH")
+    return {name: os.environ[name] for name in kept if name in os.environ}
