@@ -12,7 +12,7 @@ import yaml
 
 from difyops import secrets, settings
 from difyops.core import Paths
-from difyops.errors import DifyopsError
+from difyops.errors import DifyopsError, UsageError
 from difyops.files import write_atomic
 
 HEADER = """\
@@ -114,3 +114,46 @@ def _yaml(value: dict[str, Any]) -> str:
         )
         lines.append(text)
     return "".join(lines)
+
+
+def answers(
+    *,
+    version: str | None,
+    model: str | None,
+    model_url: str | None,
+    base_url: str | None,
+    without_dify: bool,
+) -> dict[str, Any]:
+    """What the flags say, in the shape of difyops.yaml; empty where there are none."""
+    given: dict[str, Any] = {}
+    dify = {"version": version, "base_url": base_url, "enabled": False if without_dify else None}
+    if dify := {k: v for k, v in dify.items() if v is not None}:
+        given["dify"] = dify
+    backend = "external" if model_url else None
+    about = {"backend": backend, "name": model, "url": model_url}
+    if about := {k: v for k, v in about.items() if v is not None}:
+        given["model"] = about
+    return given
+
+
+def ask(given: dict[str, Any]) -> dict[str, Any]:
+    """Ask for what no flag said. Raises UsageError when there is nobody to ask."""
+    import sys
+
+    import typer
+
+    if not sys.stdin.isatty():
+        raise UsageError("init would ask, and there is no terminal", "difyops init --yes")
+    said: dict[str, Any] = {}
+    if "model" not in given:
+        url = typer.prompt("URL of your OpenAI-compatible model server (empty: a small one here)",
+                           default="", show_default=False, err=True)  # fmt: skip
+        if url:
+            name = typer.prompt("Its model's name", err=True)
+            said["model"] = {"backend": "external", "url": url, "name": name}
+    if "base_url" not in given.get("dify", {}):
+        base = typer.prompt("URL that people will open (empty: only this machine)",
+                            default="", show_default=False, err=True)  # fmt: skip
+        if base:
+            said["dify"] = {"base_url": base}
+    return said

@@ -1,0 +1,370 @@
+"""The commands: flags -> one call -> report. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import click
+import typer
+
+from difyops import __version__
+from difyops.errors import EXIT_CANNOT_START, EXIT_FAILED, DifyopsError, UsageError
+
+if TYPE_CHECKING:
+    from difyops.core import Deployment
+    from difyops.doctor import Report
+
+app = typer.Typer(
+    name="difyops",
+    help="From a bare machine to a self-hosted Dify that answers from your own model.",
+    epilog="Start with: difyops init --yes && difyops up --source",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+secrets_app = typer.Typer(
+    help="Show the secrets of a deployment, or give them to its database.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(secrets_app, name="secrets")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Take every default; ask nothing.")]
+
+
+class Options:
+    """The options before the command."""
+
+    def __init__(self, root: Path, debug: bool) -> None:
+        self.root = root
+        self.debug = debug
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"difyops {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    directory: Annotated[
+        Path, typer.Option("-C", "--directory", metavar="DIR", help="The deployment directory.")
+    ] = Path(),
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    context.obj = Options(directory, debug)
+
+
+@app.command(epilog="Example: difyops init demo --yes --model-url http://10.0.0.5:8000/v1 "
+             "--model qwen3.5-4b")  # fmt: skip
+def init(
+    context: typer.Context,
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="Where; without it: here.")
+    ] = None,
+    yes: Yes = False,
+    version: Annotated[str | None, typer.Option("--dify-version", help="The Dify release.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name.")] = None,
+    model_url: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible server (…/v1) instead of ours.")
+    ] = None,
+    base_url: Annotated[str | None, typer.Option(help="The URL people will open.")] = None,
+    without_dify: Annotated[
+        bool, typer.Option(help="Only Postgres, Valkey and the model server, for now.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Make a deployment directory: difyops.yaml and secrets.env. Safe to run again."""
+    from difyops import init as initialise
+    from difyops import report
+
+    answers = initialise.answers(
+        version=version, model=model, model_url=model_url, base_url=base_url,
+        without_dify=without_dify,
+    )  # fmt: skip
+    root = directory or _options(context).root
+    made = initialise.run(root, answers, lambda: {} if yes else initialise.ask(answers))
+    if json:
+        report.emit_json(made)
+        return
+    report.emit(f"{made.settings:<8} {made.root / 'difyops.yaml'}")
+    report.emit(f"{'created' if made.secrets else 'same':<8} {made.root / 'secrets.env'}")
+    here = "" if made.root == Path.cwd() else f"cd {made.root} && "
+    report.emit(f"next     {here}difyops up --source")
+
+
+@app.command(epilog="Examples: difyops up --source | difyops up --source --dify ~/src/dify | "
+             "difyops up --source --dify /mirror/dify.git@0.15.3")  # fmt: skip
+def up(
+    context: typer.Context,
+    source: Annotated[
+        bool, typer.Option("--source", help="As ordinary processes: no Docker, no root.")
+    ] = False,
+    dify: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE", help="Dify's code: a tag, directory, tarball, or git URL/path@ref."
+        ),
+    ] = None,
+    wire: Annotated[
+        bool, typer.Option("--wire/--no-wire", help="Register the model and prove a chat.")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Bring everything up: preflight, steps, wiring, doctor. What is done already is skipped."""
+    from difyops import bringup, report, settings
+
+    root = _options(context).root
+    wanted = settings.load(root / "difyops.yaml")
+    if not source and wanted.mode != "source":
+        raise UsageError(
+            "mode compose cannot be brought up yet", "difyops up --source (no Docker, no root)"
+        )
+    if dify and not wanted.dify.enabled:
+        raise UsageError(
+            "difyops.yaml: dify.enabled is false, but --dify was given",
+            "set dify.enabled: true in difyops.yaml",
+        )
+    progress = report.Lines(root.resolve())
+    try:
+        result = bringup.run(root, dify, progress, wire=wire)
+    finally:
+        progress.close()
+    if json:
+        report.emit_json(result.as_json())
+    else:
+        report.brought_up(result)
+    if result.preflight_failed:
+        raise typer.Exit(EXIT_CANNOT_START)
+    if not result.healthy:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def down(context: typer.Context) -> None:
+    """Stop every service, Postgres cleanly. Data stays."""
+    from difyops import lock, plan, report, supervise
+
+    deployment = _load(context)
+    progress = report.Lines(deployment.paths.root)
+    with lock.held(deployment.paths, "down"):
+        supervise.stop_all(deployment, plan.build(deployment), progress)
+
+
+@app.command()
+def restart(
+    context: typer.Context,
+    services: Annotated[list[str] | None, typer.Argument(help="Which; without it: all.")] = None,
+) -> None:
+    """Restart services, and wait until they are ready."""
+    from difyops import lock, report
+    from difyops import source as source_mode
+
+    deployment = _load(context)
+    progress = report.Lines(deployment.paths.root)
+    try:
+        with lock.held(deployment.paths, "restart"):
+            source_mode.restart(deployment, services or [], progress)
+    finally:
+        progress.close()
+
+
+@app.command()
+def status(context: typer.Context, json: Json = False) -> None:
+    """Every service: state, pid, uptime, memory, restarts, port. Exit 1 unless all run."""
+    from difyops import plan, report, supervise
+
+    deployment = _load(context)
+    found = supervise.Supervisor(deployment).states(plan.build(deployment))
+    if json:
+        report.emit_json({"version": 1, "services": found})
+    else:
+        report.states(found)
+    if any(state.state not in ("running", "external") for state in found):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command(epilog="Examples: difyops logs -f api | difyops logs --lines 100")
+def logs(
+    context: typer.Context,
+    service: Annotated[str | None, typer.Argument(help="Which; without it: all.")] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as they grow.")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="From the end.")] = 20,
+) -> None:
+    """Print the end of the services' logs."""
+    from difyops import logs as logfiles
+    from difyops import plan, report
+
+    deployment = _load(context)
+    names = [s.name for s in plan.build(deployment).services if s.process]
+    if service and service not in names:
+        raise UsageError(f"no service {service!r} runs here", f"services: {', '.join(names)}")
+    for line in logfiles.read(deployment.paths, [service] if service else names, lines, follow):
+        report.emit(line)
+
+
+@app.command()
+def render(
+    context: typer.Context,
+    check: Annotated[bool, typer.Option(help="Write nothing; exit 1 if a file differs.")] = False,
+    diff: Annotated[bool, typer.Option(help="Write nothing; show what would change.")] = False,
+    force: Annotated[bool, typer.Option(help="Overwrite files that you edited, too.")] = False,
+    json: Json = False,
+) -> None:
+    """Render the configuration below etc/ from difyops.yaml. Files you edited are kept."""
+    from difyops import plan, report
+    from difyops import render as rendering
+
+    deployment = _load(context)
+    dry = check or diff
+    files = rendering.write(deployment, plan.build(deployment), dry=dry, force=force)
+    if json:
+        report.emit_json({"version": 1, "files": files})
+    else:
+        report.rendered(files, diff=diff)
+    if check and any(file.verb != "same" for file in files):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def wire(context: typer.Context, json: Json = False) -> None:
+    """Account, model, defaults and a sample app in Dify; then a real chat. Safe to run again."""
+    from difyops import bringup, lock, report
+
+    deployment = _load(context)
+    progress = report.Lines(deployment.paths.root)
+    try:
+        with lock.held(deployment.paths, "wire"):
+            wired = bringup.wire(deployment, progress)
+    finally:
+        progress.close()
+    if json:
+        report.emit_json({"version": 1, **wired.as_json()})
+    else:
+        report.wired(wired)
+
+
+@app.command(epilog="Examples: difyops doctor --only postgres | difyops doctor --json")
+def doctor(
+    context: typer.Context,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="A check or topic; may be repeated.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check everything; each finding comes with the fix. Exit 1 if something failed."""
+    from difyops import checks, report
+    from difyops import doctor as doctoring
+
+    deployment = _load(context)
+    every = checks.ALL
+    found = doctoring.run(deployment, doctoring.select(every, only) if only else every)
+    _finish(found, json)
+
+
+def _finish(found: Report, json: bool) -> None:
+    from difyops import report
+
+    if json:
+        report.emit_json(found.as_json())
+    else:
+        report.doctor(found)
+    if not found.healthy:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where.")] = Path("demo"),
+    dify: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Dify's code, as for `up`.")
+    ] = None,
+) -> None:
+    """Show what difyops does, on this machine: everything it can have, a chat, doctor's table."""
+    from difyops import demo as demonstration
+    from difyops import report
+
+    progress = report.Lines(directory.resolve())
+    try:
+        result = demonstration.run(directory, dify, progress)
+    finally:
+        progress.close()
+    report.demonstrated(result)
+    if not result.healthy:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@secrets_app.command("show")
+def secrets_show(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="`admin`, or a name in secrets.env.")],
+) -> None:
+    """Print one secret."""
+    from difyops import report
+
+    wanted = {"admin": "ADMIN_PASSWORD", "model": "MODEL_API_KEY"}.get(name, name)
+    report.emit(_load(context).secrets[wanted].reveal())
+
+
+@secrets_app.command("apply")
+def secrets_apply(context: typer.Context) -> None:
+    """Give Postgres the passwords that secrets.env has now (data made with others is kept)."""
+    from difyops import bringup, lock, report
+
+    deployment = _load(context)
+    progress = report.Lines(deployment.paths.root)
+    try:
+        with lock.held(deployment.paths, "secrets apply"):
+            bringup.apply_secrets(deployment, progress)
+    finally:
+        progress.close()
+
+
+def _options(context: typer.Context) -> Options:
+    found = context.find_object(Options)
+    return found if found else Options(Path(), False)
+
+
+def _load(context: typer.Context) -> Deployment:
+    from difyops import deployment
+
+    return deployment.load(_options(context).root)
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the CLI. Exit codes: 0 fine, 1 failed, 2 usage, 3 could not start, 130/143 signals."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        code: Any = app(args=given, standalone_mode=False)
+    except DifyopsError as error:
+        from difyops import report
+
+        if "--debug" in given:
+            raise
+        report.error(error)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        typer.echo("\ninterrupted; what was done is kept, the same command goes on", err=True)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
