@@ -22,9 +22,7 @@ def load(root: Path, source: str | None = None) -> Deployment:
     secrets = Secrets.load(paths.secrets)
     release = releases.get(wanted.dify.version)
     user = identity.find(identity.wanted(wanted.run_as, paths.root))
-    known = Deployment(
-        paths, wanted, secrets, release, user, source=source or wanted.dify.source
-    )
+    known = Deployment(paths, wanted, secrets, release, user, source=source or wanted.dify.source)
     tree = paths.source(release.version)
     found = checkout.recorded(tree)
     facts = Facts(
@@ -33,6 +31,7 @@ def load(root: Path, source: str | None = None) -> Deployment:
         checkout=found.identity if found else None,
         queues=tuple(checkout.queues(tree)) if found else (),
         environment=dify_python.identity(known),
-        python_reachable=user is None or identity.can(user, "-x", Path(os.path.realpath(sys.executable))),
+        python_reachable=user is None
+        or identity.can(user, "-x", Path(os.path.realpath(sys.executable))),
     )
     return Deployment(paths, wanted, secrets, release, user, facts, known.source)

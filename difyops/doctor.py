@@ -87,9 +87,7 @@ class Registry:
         def register(look: Callable[[Deployment], Finding]) -> Callable[[Deployment], Finding]:
             if any(known.id == id for known in self.checks):
                 raise ValueError(f"two checks are called {id}")
-            self.checks.append(
-                Check(id, look, why, tuple(needs), tuple(upstream), preflight, dify)
-            )
+            self.checks.append(Check(id, look, why, tuple(needs), tuple(upstream), preflight, dify))
             return look
 
         return register

@@ -27,7 +27,9 @@ def held(paths: Paths, command: str) -> Iterator[None]:
             f"{paths.root} is busy: {_who(holder)}", "wait for it to end, then run this again"
         ) from None
     try:
-        holder.write_text(f"pid {os.getpid()}, `difyops {command}`, since {time.strftime('%H:%M:%S')}")
+        holder.write_text(
+            f"pid {os.getpid()}, `difyops {command}`, since {time.strftime('%H:%M:%S')}"
+        )
         yield
     finally:
         holder.unlink(missing_ok=True)

@@ -23,7 +23,9 @@ class Rendered:
     diff: str = ""  # empty for private files: they hold secrets
 
 
-def write(deployment: Deployment, plan: Plan, *, dry: bool = False, force: bool = False) -> list[Rendered]:
+def write(
+    deployment: Deployment, plan: Plan, *, dry: bool = False, force: bool = False
+) -> list[Rendered]:
     """Write every file of the plan (nothing when `dry`); `force` overwrites edited ones too."""
     record = _read_record(deployment)
     results = [_write_one(deployment, file, record, dry, force) for file in plan.files]

@@ -145,5 +145,3 @@ def write_lock(deployment: Deployment) -> None:
     path = deployment.paths.lock
     if not path.exists() or path.read_text() != text:
         write_atomic(path, text)
-
-

@@ -245,14 +245,15 @@ def databases_done(deployment: Deployment) -> str | None:
                 found = {
                     row[0] for row in session.execute("select extname from pg_extension").fetchall()
                 }
-            if not set(_extensions(where, database)) <= found:
+            if not set(extensions_of(where, database)) <= found:
                 return None
     except psycopg.OperationalError:
         return None
     return ", ".join(dict.fromkeys((where.database, where.vector_database)))
 
 
-def _extensions(where: Address, database: str) -> list[str]:
+def extensions_of(where: Address, database: str) -> list[str]:
+    """The extensions that Dify needs in one of its databases."""
     names = []
     if database == where.database:
         names.append("uuid-ossp")
@@ -291,7 +292,7 @@ def make_databases(deployment: Deployment, log: StepLog) -> str:
             )
     for database in (where.database, where.vector_database):
         with connect(deployment, role="superuser", database=database) as session:
-            for extension in _extensions(where, database):
+            for extension in extensions_of(where, database):
                 log.write(f"create extension {extension} in {database}")
                 session.execute(
                     sql.SQL("create extension if not exists {}").format(sql.Identifier(extension))
@@ -307,7 +308,7 @@ def external_databases(deployment: Deployment, log: StepLog) -> str:
     where = address(deployment)
     try:
         with connect(deployment) as session:
-            for extension in _extensions(where, where.database):
+            for extension in extensions_of(where, where.database):
                 log.write(f"create extension if not exists {extension}")
                 session.execute(
                     sql.SQL("create extension if not exists {}").format(sql.Identifier(extension))

@@ -13,7 +13,9 @@ def declare(deployment: Deployment) -> Service | None:
     return Service(
         "worker",
         needs=("api",),  # one boots at a time: both import for ten seconds and more
-        process=api.process(deployment, program, *arguments, "-Q", ",".join(deployment.facts.queues)),
+        process=api.process(
+            deployment, program, *arguments, "-Q", ",".join(deployment.facts.queues)
+        ),
         ready=ready,
         ready_seconds=180,
     )
@@ -23,9 +25,7 @@ def consumers(deployment: Deployment) -> int:
     """How many clients of the broker are waiting for a task (a blocking pop on its database)."""
     listed = valkey.client(deployment, valkey.BROKER_DB).client_list()
     return sum(
-        1
-        for entry in listed
-        if entry["cmd"] == "brpop" and entry["db"] == str(valkey.BROKER_DB)
+        1 for entry in listed if entry["cmd"] == "brpop" and entry["db"] == str(valkey.BROKER_DB)
     )
 
 
