@@ -139,14 +139,14 @@ def up(
         )
     progress = report.Lines(root.resolve())
     try:
-        result = bringup.run(root, dify, progress, wire=wire)
+        result = bringup.run(root, dify, progress, wire=wire, tell=report.preflight)
     finally:
         progress.close()
     if json:
         report.emit_json(result.as_json())
     else:
         report.brought_up(result)
-    if result.preflight_failed:
+    if not result.preflight.healthy:
         raise typer.Exit(EXIT_CANNOT_START)
     if not result.healthy:
         raise typer.Exit(EXIT_FAILED)
@@ -241,17 +241,17 @@ def render(
 @app.command()
 def wire(context: typer.Context, json: Json = False) -> None:
     """Account, model, defaults and a sample app in Dify; then a real chat. Safe to run again."""
-    from difyops import bringup, lock, report
+    from difyops import lock, proof, report
 
     deployment = _load(context)
     progress = report.Lines(deployment.paths.root)
     try:
         with lock.held(deployment.paths, "wire"):
-            wired = bringup.wire(deployment, progress)
+            wired = proof.wire(deployment, progress)
     finally:
         progress.close()
     if json:
-        report.emit_json({"version": 1, **wired.as_json()})
+        report.emit_json({"version": 1, **wired.as_dict()})
     else:
         report.wired(wired)
 
@@ -265,7 +265,7 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Check everything; each finding comes with the fix. Exit 1 if something failed."""
-    from difyops import checks, report
+    from difyops import checks
     from difyops import doctor as doctoring
 
     deployment = _load(context)
@@ -322,13 +322,14 @@ def secrets_show(
 @secrets_app.command("apply")
 def secrets_apply(context: typer.Context) -> None:
     """Give Postgres the passwords that secrets.env has now (data made with others is kept)."""
-    from difyops import bringup, lock, report
+    from difyops import lock, report
+    from difyops import source as source_mode
 
     deployment = _load(context)
     progress = report.Lines(deployment.paths.root)
     try:
         with lock.held(deployment.paths, "secrets apply"):
-            bringup.apply_secrets(deployment, progress)
+            source_mode.apply_passwords(deployment, progress)
     finally:
         progress.close()
 

@@ -97,7 +97,7 @@ def launcher(deployment: Deployment, service: Service, process: Process) -> list
 
 
 def runs_dropped(deployment: Deployment, process: Process) -> bool:
-    """Whether a service gives up root: all do, but our own interpreter where only root reaches it."""
+    """All services give up root, but our own interpreter where only root reaches it."""
     return deployment.facts.python_reachable or process.argv[0] != sys.executable
 
 

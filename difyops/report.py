@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
+    from difyops.bringup import BroughtUp
     from difyops.doctor import Report
     from difyops.render import Rendered
     from difyops.supervise import State
+    from difyops.wire import WireReport
 
 WIDTH = 100
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
@@ -177,8 +179,7 @@ def doctor(report: Report, *, stderr: bool = False) -> None:
         for r in mine:
             if r.status == "ok":
                 continue
-            _line(console, topic, r.status, f"{r.id}  {r.evidence}" if r.status != "skip" else
-                  f"{r.id}  {r.evidence}")  # fmt: skip
+            _line(console, topic, r.status, f"{r.id}  {r.evidence}")
             for label, value in (("why", r.why), ("fix", r.fix)):
                 if value and r.status in ("fail", "warn"):
                     console.print(f"{'':<16} {label}: {value}", markup=False)
@@ -190,3 +191,31 @@ def _line(console: Console, topic: str, status: str, text: str) -> None:
     console.print(f"{topic:<11}", end="", markup=False)
     console.print(f"{word:<5}", end=" ", style=_STYLES[status])
     console.print(text, markup=False)
+
+
+def preflight(report: Report) -> None:
+    """One line when all is well; else every finding, as doctor shows it."""
+    console = _console(stderr=True)
+    warnings = report.count("warn")
+    findings = [r for r in report.results if r.status in ("warn", "fail")]
+    console.print(
+        f"Preflight   {len(report.results)} checks, {report.count('fail')} failed, "
+        f"{warnings} warning{'' if warnings == 1 else 's'}",
+        markup=False,
+    )
+    for r in findings:
+        _line(console, r.id.split(".")[0], r.status, f"{r.id}  {r.evidence}")
+        console.print(f"{'':<16} fix: {r.fix}", markup=False)
+
+
+def brought_up(result: BroughtUp) -> None:
+    """Doctor's table to stderr, then what there is now and what was proved."""
+    if result.report is not None:
+        doctor(result.report, stderr=True)
+    for line in result.lines():
+        emit(line)
+
+
+def wired(report: WireReport) -> None:
+    for name, change in report.changes.items():
+        emit(f"{change:<8} {name}")

@@ -91,6 +91,10 @@ class Secrets:
                 f"{self.path.name}: {name} is missing", "run `difyops init` to add what is missing"
             ) from None
 
+    def get(self, name: str) -> Secret | None:
+        """A secret that a deployment may lack."""
+        return self._values.get(name)
+
     def names(self) -> list[str]:
         return sorted(self._values)
 

@@ -11,6 +11,7 @@ from difyops import identity, plan, render, supervise
 from difyops.core import Deployment, Plan, Progress, Service, Step
 from difyops.errors import DifyopsError
 from difyops.files import write_atomic
+from difyops.services import postgres
 from difyops.steplog import StepLog
 
 
@@ -95,7 +96,8 @@ def run_step(deployment: Deployment, step: Step, progress: Progress) -> None:
             try:
                 detail = step.run(deployment, log)
             except OSError as error:  # a full disk, most often
-                raise log.error(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+                where = f": {error.filename}" if error.filename else ""
+                raise log.error(f"{error.strerror or error}{where}") from error
     except DifyopsError as error:
         progress.failed(step.name, error.message, time.monotonic() - began)
         raise
@@ -117,6 +119,19 @@ def restart(deployment: Deployment, names: list[str], progress: Progress) -> Non
         for service in reversed(chosen):
             supervisor.stop(service.name)
     start(deployment, chosen, progress)
+
+
+def apply_passwords(deployment: Deployment, progress: Progress) -> None:
+    """Stop everything, give Postgres the superuser password of today's secrets.env, start again.
+
+    The role of Dify gets its own from the step `databases`, when Postgres is up.
+    """
+    wanted = plan.build(deployment)
+    supervise.stop_all(deployment, wanted, progress)
+    render.write(deployment, wanted)
+    step = Step("passwords", lambda d: None, postgres.apply_passwords)
+    run_step(deployment, step, progress)
+    start(deployment, wanted.services, progress)
 
 
 def _tell(rendered: list[render.Rendered], progress: Progress) -> None:

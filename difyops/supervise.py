@@ -53,7 +53,7 @@ class Supervisor:
     # --- supervisord itself -----------------------------------------------------------------------
 
     def _rpc(self) -> Any:
-        from xmlrpc.client import ServerProxy  # noqa: S411 - our own socket, in a 0700 folder
+        from xmlrpc.client import ServerProxy
 
         from supervisor.xmlrpc import SupervisorTransport
 
@@ -268,7 +268,7 @@ def stop_all(deployment: Deployment, plan: Plan, progress: Progress) -> None:
 
 
 def _fault() -> type[Exception]:
-    from xmlrpc.client import Fault  # noqa: S411
+    from xmlrpc.client import Fault
 
     return Fault
 

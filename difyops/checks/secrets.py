@@ -1,4 +1,4 @@
-"""Secrets: none that is published, none that breaks a URL or an env file, none readable by others."""
+"""Secrets: none that is published, none that breaks a URL or an env file."""
 
 from __future__ import annotations
 

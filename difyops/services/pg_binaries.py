@@ -61,7 +61,7 @@ def installed(deployment: Deployment) -> str | None:
 
 
 def install(deployment: Deployment, log: StepLog) -> str:
-    """Build `opt/postgres` beside its place and rename. Raises PrerequisiteError with the remedy."""
+    """Build `opt/postgres` beside its place, then rename. Raises PrerequisiteError."""
     target = home(deployment.paths)
     building = target.with_name(".postgres.new")
     shutil.rmtree(building, ignore_errors=True)

@@ -111,7 +111,7 @@ def connect(deployment: Deployment, *, role: str = "service", database: str | No
 
     where = address(deployment)
     superuser = role == "superuser"
-    secret = "POSTGRES_SUPERUSER_PASSWORD" if superuser else "DIFY_DB_PASSWORD"  # noqa: S105
+    secret = "POSTGRES_SUPERUSER_PASSWORD" if superuser else "DIFY_DB_PASSWORD"
     return psycopg.connect(
         host=where.host,
         port=where.port,
@@ -338,7 +338,7 @@ def _password_error(log: StepLog, error: Exception) -> StepError:
     )
 
 
-def apply_passwords(deployment: Deployment, log: StepLog) -> None:
+def apply_passwords(deployment: Deployment, log: StepLog) -> str:
     """Give a stopped server the superuser password of secrets.env, in single-user mode.
 
     The statement goes through standard input: it holds the password.
@@ -367,3 +367,4 @@ def apply_passwords(deployment: Deployment, log: StepLog) -> None:
     log.write(output)
     if done.returncode or "ERROR" in output:
         raise log.error("the password could not be set", "is the server stopped? difyops down")
+    return f"{SUPERUSER}: as in secrets.env"

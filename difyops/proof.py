@@ -1,0 +1,95 @@
+"""Dify wired to this deployment's models, and the proof: a chat and a search through Dify itself."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from difyops.core import Deployment, Progress
+from difyops.errors import DifyopsError, UsageError
+from difyops.secrets import Secret
+from difyops.services import model
+from difyops.wire import ModelTarget, WireReport, WireTarget
+
+if TYPE_CHECKING:
+    from difyops.backends.probe import ModelInfo
+
+#: Most tokens of an answer that Dify may ask for.
+MAX_OUTPUT = 2048
+
+
+def target(deployment: Deployment) -> WireTarget:
+    """What to wire. Contexts are those the servers say they have, not what was hoped for.
+
+    Raises DifyopsError when a server does not answer or lacks the model.
+    """
+    settings = deployment.settings
+    if not settings.dify.enabled:
+        raise UsageError("there is no Dify in this deployment", "set dify.enabled: true")
+    return WireTarget(
+        base_url=f"http://127.0.0.1:{settings.dify.port}",
+        admin_email=settings.admin.email,
+        admin_name=settings.admin.name,
+        admin_password=deployment.secrets["ADMIN_PASSWORD"],
+        llm=_llm(deployment),
+        embedding=_embedding(deployment),
+    )
+
+
+def _llm(deployment: Deployment) -> ModelTarget:
+    wanted = deployment.settings.model
+    url, key = model.llm_url(deployment), model.llm_key(deployment)
+    has = _described(url, key, wanted.name).context
+    contexts = [value for value in (wanted.context, has) if value]
+    if not contexts:
+        raise UsageError(
+            f"{url} does not tell the context length of {wanted.name}",
+            "set model.context in difyops.yaml to what that server was started with",
+        )
+    spec = model.local_spec(deployment)
+    tools = bool(spec and spec.llm and spec.llm.tools)
+    context = min(contexts)
+    return ModelTarget(
+        wanted.name, url, key or Secret(""), context, min(MAX_OUTPUT, context // 2), tools
+    )
+
+
+def _embedding(deployment: Deployment) -> ModelTarget | None:
+    wanted, url = deployment.settings.embedding, model.embedding_url(deployment)
+    if wanted is None or url is None:
+        return None
+    key = model.embedding_key(deployment)
+    has = _described(url, key, wanted.name).context
+    context = min(value for value in (wanted.context, has, 8192) if value)
+    return ModelTarget(wanted.name, url, key or Secret(""), context)
+
+
+def _described(url: str, key: Secret | None, name: str) -> ModelInfo:
+    from difyops.backends import probe
+
+    found = {info.id: info for info in probe.describe(url, key)}
+    if name not in found:
+        raise DifyopsError(f"{url} has no model {name!r}", f"it has: {', '.join(found) or 'none'}")
+    return found[name]
+
+
+def wire(deployment: Deployment, progress: Progress) -> WireReport:
+    """Account, models, defaults, sample app and key; then a chat, then a search, proved."""
+    from difyops import wire as wiring
+
+    began = time.monotonic()
+    progress.started("wire")
+    wanted = target(deployment)
+    try:
+        report = wiring.run(wanted, lambda step, text: progress.detail("wire", f"{step}: {text}"))
+        if wanted.embedding:
+            wiring.prove_search(
+                wanted, report, lambda step, text: progress.detail("wire", f"{step}: {text}")
+            )
+    except DifyopsError as error:
+        progress.failed("wire", error.message, time.monotonic() - began)
+        raise
+    changed = [name for name, change in report.changes.items() if change != "same"]
+    detail = f"{len(changed)} of {len(report.changes)} objects made or changed"
+    progress.finished("wire", detail, time.monotonic() - began)
+    return report

