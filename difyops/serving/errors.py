@@ -76,9 +76,12 @@ def unauthorized() -> ApiError:
 
 
 def too_large(limit: int) -> ApiError:
-    return ApiError(
-        413, f"the request body is larger than {limit} bytes", code="request_too_large"
-    )
+    return ApiError(413, f"the request body is larger than {limit} bytes", code="request_too_large")
+
+
+def client_left() -> ApiError:
+    """Nobody reads it; the log shows the status."""
+    return ApiError(499, "the client left")
 
 
 def loading() -> ApiError:
