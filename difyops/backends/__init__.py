@@ -1,0 +1,120 @@
+"""Serving engines. An engine adapter is a command, an env, a health URL and capabilities.
+
+Adding an engine is one file here and one line in `REGISTRY`. Adapters are pure: they start nothing
+and write nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import cast
+
+from difyops.errors import UsageError
+from difyops.secrets import Secret
+
+
+class Capability(StrEnum):
+    """What a backend can answer, as Dify needs to know it."""
+
+    CHAT = "chat"
+    EMBEDDINGS = "embeddings"
+    TOOLS = "tools"
+
+
+@dataclass(frozen=True)
+class LlmSpec:
+    """A chat model to serve. `context` is tokens for each of the `parallel` requests at a time."""
+
+    id: str
+    path: Path | None
+    context: int
+    parallel: int = 1
+    threads: int | None = None
+    tools: bool = False
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """An embedding model to serve; `max_tokens` counts special tokens too."""
+
+    id: str
+    model: Path | None
+    tokenizer: Path | None
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is asked of an engine, whichever it is.
+
+    `config` is where the engine's own configuration file may lie (it holds the key: 0600);
+    `base_url` is set when the engine runs elsewhere, and ends in `/v1`.
+    """
+
+    llm: LlmSpec | None = None
+    embedding: EmbeddingSpec | None = None
+    api_key: Secret | None = None
+    host: str = "127.0.0.1"
+    port: int = 8090
+    config: Path | None = None
+    python: str = sys.executable
+    base_url: str | None = None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How one engine is run and reached.
+
+    An empty `command` means that nothing is started. `files` are to be written, 0600, before the
+    start. `health_url` answers 200 when the models answer; None means that there is only
+    `/v1/models` to ask. `base_url` ends in `/v1`.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    base_url: str
+    health_url: str | None
+    capabilities: frozenset[Capability]
+    env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    files: Mapping[Path, Secret] = field(default_factory=lambda: MappingProxyType({}))
+
+
+#: engine name -> the module with its `build(Spec) -> Backend`.
+REGISTRY: Mapping[str, str] = MappingProxyType(
+    {
+        "llamacpp": "difyops.backends.llamacpp",
+        "external": "difyops.backends.external",
+    }
+)
+
+
+def build(name: str, spec: Spec) -> Backend:
+    """The backend called `name` for `spec`.
+
+    Raises UsageError for an unknown name, or a spec that the engine cannot serve.
+    """
+    if name not in REGISTRY:
+        near = difflib.get_close_matches(name.lower(), REGISTRY, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"backends: {', '.join(sorted(REGISTRY))}"
+        raise UsageError(f"no backend called {name!r}", hint)
+    module = importlib.import_module(REGISTRY[name])
+    return cast(Callable[[Spec], Backend], module.build)(spec)
+
+
+def capabilities(spec: Spec) -> frozenset[Capability]:
+    """What a server of everything in `spec` can do."""
+    found = set()
+    if spec.llm is not None:
+        found.add(Capability.CHAT)
+        if spec.llm.tools:
+            found.add(Capability.TOOLS)
+    if spec.embedding is not None:
+        found.add(Capability.EMBEDDINGS)
+    return frozenset(found)

@@ -1,0 +1,1 @@
+"""The built-in model server: llama.cpp for chat, ONNX Runtime for embeddings, one `/v1`."""

@@ -1,0 +1,92 @@
+"""The server's configuration: one JSON file that only its owner can read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from difyops.errors import UsageError
+
+ModelId = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^\S+$")]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LlmConfig(_Config):
+    """A GGUF chat model. `context` is tokens for each of the `parallel` requests at a time.
+
+    `threads` None means every CPU this process may use.
+    """
+
+    id: ModelId
+    path: Path
+    context: int = Field(ge=64)
+    parallel: int = Field(default=1, ge=1, le=256)
+    threads: int | None = Field(default=None, ge=1)
+    tools: bool = False
+
+
+class EmbeddingConfig(_Config):
+    """An ONNX sentence encoder; `max_tokens` counts special tokens too."""
+
+    id: ModelId
+    model: Path
+    tokenizer: Path
+    max_tokens: int = Field(ge=3)
+    threads: int | None = Field(default=None, ge=1)
+
+
+class ServingConfig(_Config):
+    """What one server process serves. Without `api_key` every client is let in."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(ge=0, le=65535)
+    api_key: SecretStr | None = None
+    llm: LlmConfig | None = None
+    embedding: EmbeddingConfig | None = None
+
+    @model_validator(mode="after")
+    def _serves_something(self) -> Self:
+        if self.llm is None and self.embedding is None:
+            raise ValueError("at least one of llm and embedding is needed")
+        if self.llm and self.embedding and self.llm.id == self.embedding.id:
+            raise ValueError("llm.id and embedding.id must differ")
+        if self.api_key is not None and not self.api_key.get_secret_value():
+            raise ValueError("api_key is empty; leave it out to let every client in")
+        return self
+
+
+def parse(text: str, name: str = "config") -> ServingConfig:
+    """Validate JSON text. Raises UsageError with the key path; values are never quoted."""
+    try:
+        return ServingConfig.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{name}: {where + ': ' if where else ''}{first['msg']}") from None
+
+
+def load(path: Path) -> ServingConfig:
+    """Read `path`. Raises UsageError when it is absent, readable by others, or wrong."""
+    try:
+        mode = path.stat().st_mode & 0o777
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text") from None
+    if mode & 0o077:
+        raise UsageError(f"{path} can be read by others (mode {mode:04o})", f"chmod 600 {path}")
+    return parse(text, path.name)
