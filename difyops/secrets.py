@@ -102,9 +102,7 @@ class Secrets:
         except FileNotFoundError:
             raise UsageError(f"{path} is missing", "run `difyops init` here first") from None
         if mode & 0o077:
-            raise UsageError(
-                f"{path} can be read by others (mode {mode:04o})", f"chmod 600 {path}"
-            )
+            raise UsageError(f"{path} can be read by others (mode {mode:04o})", f"chmod 600 {path}")
         values = dotenv_values(path, interpolate=False)
         return cls({k: Secret(v) for k, v in values.items() if v}, path)
 
