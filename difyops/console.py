@@ -209,10 +209,9 @@ class Console(Http, ABC):
         path = f"/datasets/{dataset_id}/documents"
         return list(self._call("GET", path, params={"limit": 100})["data"])
 
-    def retry_document(self, dataset_id: str, document_id: str) -> None:
-        """Index again a document that failed."""
-        path = f"/datasets/{dataset_id}/retry"
-        self._call("POST", path, json={"document_ids": [document_id]})
+    def delete_document(self, dataset_id: str, document_id: str) -> None:
+        """Remove a document; the worker then removes its vectors."""
+        self._call("DELETE", f"/datasets/{dataset_id}/documents/{document_id}")
 
     def indexing_status(self, dataset_id: str, document_id: str) -> Json:
         """`indexing_status` (waiting … completed, or error), `error`, and the segments done."""

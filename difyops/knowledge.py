@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from difyops.console import Change, Console, Json
 from difyops.errors import DifyopsError
+from difyops.transport import excerpt
 from difyops.wire import Progress, ProofError
 
 DATASET = "difyops sample knowledge"
@@ -97,16 +98,20 @@ def _dataset(console: Console, embedding: str) -> tuple[Json, Change]:
 def _document(
     console: Console, dataset_id: str, embedding: str, progress: Progress
 ) -> tuple[str, Change]:
+    change: Change = "created"
     for document in console.documents(dataset_id):
-        if document["name"] == FILE:
-            if document["indexing_status"] != "error":
-                return str(document["id"]), "same"
-            progress("knowledge", "indexing failed before, trying again")
-            console.retry_document(dataset_id, str(document["id"]))
-            return str(document["id"]), "updated"
+        if document["name"] != FILE:
+            continue
+        if document["indexing_status"] != "error":
+            return str(document["id"]), "same"
+        # Dify's own retry cleans up first, and fails forever when the vector store has no table
+        # yet: the sample is cheap to upload again.
+        progress("knowledge", "indexing failed before, trying again")
+        console.delete_document(dataset_id, str(document["id"]))
+        change = "updated"
     progress("knowledge", f"uploading {FILE}")
     file_id = console.upload_file(FILE, SEPARATOR.join(PASSAGES).encode())
-    return console.add_document(dataset_id, file_id, embedding, SEPARATOR), "created"
+    return console.add_document(dataset_id, file_id, embedding, SEPARATOR), change
 
 
 def _wait(
@@ -127,7 +132,7 @@ def _wait(
             return
         if stage in ("error", "paused"):
             raise ProofError(
-                f"indexing ended as {stage}: {status.get('error') or 'no reason given'}",
+                f"indexing ended as {stage}: {excerpt(status.get('error') or 'no reason', 600)}",
                 "see the worker's log; it calls the embedding model and the vector store",
                 (f"document {document_id}", f"status: {dict(status)}"),
             )

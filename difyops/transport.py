@@ -35,6 +35,10 @@ class DifyApiError(DifyopsError):
         self.code = code
         self.status = status
 
+    def explained(self, hint: str | None, message: str | None = None) -> DifyApiError:
+        """The same refusal, with a remedy that only the caller can know."""
+        return DifyApiError(message or self.message, hint, code=self.code, status=self.status)
+
 
 class DifyUnreachable(DifyopsError):
     """No answer: nothing listens, or it took too long."""

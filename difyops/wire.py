@@ -191,19 +191,19 @@ def ensure_account(console: Console, target: WireTarget) -> Change:
         try:
             console.setup(target.admin_email, target.admin_name, target.admin_password)
         except DifyApiError as error:
-            if error.code == "not_init_validated":
-                error.hint = "this Dify has INIT_PASSWORD set: enter it once at /init"
-            raise
+            if error.code != "not_init_validated":
+                raise
+            hint = "this Dify has INIT_PASSWORD set: enter it once at /init"
+            raise error.explained(hint) from None
         change = "created"
     try:
         console.login(target.admin_email, target.admin_password)
     except DifyApiError as error:
-        error.hint = _LOGIN_HINTS.get(error.code, "").format(email=target.admin_email) or None
+        hint = _LOGIN_HINTS.get(error.code, "").format(email=target.admin_email) or error.hint
+        message = None
         if error.code == "email_or_password_mismatch":
-            error.message = (
-                f"Dify has an account {target.admin_email} with another password ({error.message})"
-            )
-        raise
+            message = f"Dify has the account {target.admin_email} with another password"
+        raise error.explained(hint, message) from None
     return change
 
 
@@ -250,8 +250,7 @@ def _ensure_model(console: Console, kind: ModelType, model: ModelTarget) -> Chan
     try:
         return console.ensure_model(kind, model.name, credentials(kind, model), model.api_key)
     except DifyApiError as error:
-        error.hint = _model_hint(model)
-        raise
+        raise error.explained(_model_hint(model)) from None
 
 
 def _ensure_default(console: Console, kind: ModelType, name: str) -> Change:
