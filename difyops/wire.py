@@ -193,14 +193,15 @@ def ensure_account(console: Console, target: WireTarget) -> Change:
         except DifyApiError as error:
             if error.code != "not_init_validated":
                 raise
-            hint = "this Dify has INIT_PASSWORD set: enter it once at /init"
-            raise error.explained(hint) from None
+            raise error.explained(
+                "this Dify has INIT_PASSWORD set: enter it once at /init"
+            ) from None
         change = "created"
     try:
         console.login(target.admin_email, target.admin_password)
     except DifyApiError as error:
         hint = _LOGIN_HINTS.get(error.code, "").format(email=target.admin_email) or error.hint
-        message = None
+        message: str | None = None
         if error.code == "email_or_password_mismatch":
             message = f"Dify has the account {target.admin_email} with another password"
         raise error.explained(hint, message) from None
