@@ -148,6 +148,10 @@ class Process:
     stop_seconds: int = 15
     inputs: str = ""  # a digest of what is read at start besides env and files: changed = restart
 
+    def plain_env(self) -> dict[str, str]:
+        """The environment with its secrets, for starting a program or its 0600 env file."""
+        return {k: v if isinstance(v, str) else v.reveal() for k, v in self.env.items()}
+
 
 @dataclass(frozen=True)
 class Service:

@@ -76,6 +76,11 @@ def fetch(
     return target
 
 
+def present(*, name: str, file: str, sha256: str, size: int, directory: Path) -> bool:
+    """Whether `fetch` would find the file there, verified. Costs a stat."""
+    return _is_marked(directory / name / file, sha256, size)
+
+
 def _marker(target: Path) -> Path:
     return target.with_name(f".{target.name}.verified")
 

@@ -10,7 +10,6 @@ from difyops import text
 from difyops.core import Deployment, File, Plan, Process, Service
 from difyops.errors import UsageError
 from difyops.files import digest, dotenv_text
-from difyops.secrets import Secret
 from difyops.services import ALL
 
 #: In the environment of every process of a deployment, so that it can be found.
@@ -52,8 +51,7 @@ def _check_unique(files: list[File]) -> None:
 
 
 def _env_file(deployment: Deployment, service: Service, process: Process) -> File:
-    values = {k: v.reveal() if isinstance(v, Secret) else v for k, v in process.env.items()}
-    values[MARKER] = str(deployment.paths.root)
+    values = {**process.plain_env(), MARKER: str(deployment.paths.root)}
     return File(Path(f"etc/{service.name}.env"), dotenv_text(values), private=True)
 
 

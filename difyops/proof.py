@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from difyops.core import Deployment, Progress
 from difyops.errors import DifyopsError, UsageError
 from difyops.secrets import Secret
 from difyops.services import model
-from difyops.wire import ModelTarget, WireReport, WireTarget
+from difyops.wire import ChatProof, ModelTarget, WireReport, WireTarget
 
 if TYPE_CHECKING:
     from difyops.backends.probe import ModelInfo
@@ -75,17 +75,23 @@ def _described(url: str, key: Secret | None, name: str) -> ModelInfo:
 
 def wire(deployment: Deployment, progress: Progress) -> WireReport:
     """Account, models, defaults, sample app and key; then a chat, then a search, proved."""
+    from difyops import knowledge
     from difyops import wire as wiring
+    from difyops.console import BearerConsole
+
+    def tell(step: str, text: str) -> None:
+        progress.detail("wire", f"{step}: {text}")
 
     began = time.monotonic()
     progress.started("wire")
     wanted = target(deployment)
     try:
-        report = wiring.run(wanted, lambda step, text: progress.detail("wire", f"{step}: {text}"))
+        report = wiring.run(wanted, tell)
         if wanted.embedding:
-            wiring.prove_search(
-                wanted, report, lambda step, text: progress.detail("wire", f"{step}: {text}")
-            )
+            with BearerConsole(wanted.base_url) as console:
+                console.login(wanted.admin_email, wanted.admin_password)
+                found = knowledge.prove_knowledge(console, wanted.embedding.name, tell)
+            report.changes["knowledge"] = found.change
     except DifyopsError as error:
         progress.failed("wire", error.message, time.monotonic() - began)
         raise
@@ -93,3 +99,29 @@ def wire(deployment: Deployment, progress: Progress) -> WireReport:
     detail = f"{len(changed)} of {len(report.changes)} objects made or changed"
     progress.finished("wire", detail, time.monotonic() - began)
     return report
+
+
+def chat(deployment: Deployment) -> ChatProof:
+    """The sample app's chat, asked anew; nothing is made or changed. Raises DifyopsError."""
+    from difyops import wire as wiring
+
+    wanted = target(deployment)
+    return wiring.prove(wanted, wiring.existing(wanted))
+
+
+def stored_credentials(deployment: Deployment) -> dict[str, Any] | None:
+    """What Dify keeps about the chat model; None when it is not registered."""
+    from difyops.console import BearerConsole
+
+    wanted = target(deployment)
+    with BearerConsole(wanted.base_url) as console:
+        console.login(wanted.admin_email, wanted.admin_password)
+        return console.model_credentials("llm", wanted.llm.name)
+
+
+def calls_tools(deployment: Deployment) -> bool:
+    """Whether the chat model calls a tool when a request obliges it to."""
+    from difyops.backends import probe
+
+    wanted = target(deployment).llm
+    return probe.calls_tool(wanted.endpoint_url, wanted.name, wanted.api_key)

@@ -136,6 +136,17 @@ def run(target: WireTarget, progress: Progress) -> WireReport:
     return report
 
 
+def existing(target: WireTarget) -> WireReport:
+    """The sample app and its key as an earlier `run` left them. Raises DifyopsError without one."""
+    with BearerConsole(target.base_url) as console:
+        console.login(target.admin_email, target.admin_password)
+        for app in console.apps(target.app_name):
+            keys = console.app_keys(str(app["id"])) if app["mode"] == "chat" else []
+            if keys:
+                return WireReport(str(app["id"]), keys[0])
+    raise DifyopsError(f"Dify has no app {target.app_name!r} with a key", "difyops wire")
+
+
 def prove(target: WireTarget, report: WireReport, *, seconds: float = 120.0) -> ChatProof:
     """Ask the sample app, blocking and streaming, and look at what came back.
 

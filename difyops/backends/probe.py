@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,6 +105,58 @@ def chat_once(
     if first is None:
         raise DifyopsError(f"{base_url}: {model} answered without any text")
     return ChatAnswer("".join(text), time.monotonic() - began, first)
+
+
+def embed_once(
+    base_url: str, model: str, api_key: Secret | None = None, *, timeout: float = 30
+) -> list[float]:
+    """The embedding of one short text. `timeout` is in seconds.
+
+    Raises DifyopsError when the server refuses or answers no vector of finite numbers.
+    """
+    body = {"model": model, "input": "A short text.", "encoding_format": "float"}
+    with _session(base_url, api_key) as session, _explained(base_url):
+        answer = session.post(f"{base_url.rstrip('/')}/embeddings", json=body, timeout=timeout)
+        _accepted(answer, base_url)
+        try:
+            vector = [float(x) for x in answer.json()["data"][0]["embedding"]]
+        except (LookupError, TypeError):
+            vector = []
+    if not vector or not all(math.isfinite(x) for x in vector) or not any(vector):
+        raise DifyopsError(f"{base_url}: {model} answered no embedding")
+    return vector
+
+
+def calls_tool(
+    base_url: str, model: str, api_key: Secret | None = None, *, timeout: float = 60
+) -> bool:
+    """Whether the model calls a tool when the request obliges it to.
+
+    Raises DifyopsError when the server cannot be reached or refuses the request.
+    """
+    tool = {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
+    }
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "What is the weather in Oslo?"}],
+        "tools": [{"type": "function", "function": tool}],
+        "tool_choice": "required",
+        "max_tokens": 128,
+    }
+    with _session(base_url, api_key) as session, _explained(base_url):
+        url = f"{base_url.rstrip('/')}/chat/completions"
+        answer = session.post(url, json=body, timeout=timeout)
+        _accepted(answer, base_url)
+        message = (answer.json().get("choices") or [{}])[0].get("message") or {}
+    called = [call.get("function", {}).get("name") for call in message.get("tool_calls") or ()]
+    return "get_weather" in called
 
 
 _HINT = "is it the base URL of an OpenAI-compatible server? It usually ends in /v1"

@@ -1,11 +1,9 @@
-"""Ports and URLs."""
+"""Ports."""
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
-
 from difyops.core import Deployment
-from difyops.doctor import Finding, Registry, fail, ok, warn
+from difyops.doctor import Finding, Registry, fail, ok
 
 check = Registry()
 
@@ -58,48 +56,3 @@ def _holder(port: int) -> str:
     except psutil.Error:
         pass
     return ""
-
-
-@check(
-    "net.urls",
-    why="links, webhooks and file URLs are made from the base URL",
-    upstream=("14232", "28534", "16309"),
-    needs=("api.health",),
-    dify=True,
-)
-def urls(deployment: Deployment) -> Finding:
-    """The base URL reaches this very API, and the files' URLs are made from it."""
-    import requests
-
-    base = deployment.settings.dify.url
-    parts = urlsplit(base)
-    if parts.path not in ("", "/"):
-        return fail(
-            f"{base} has a path; Dify's API answers at the root", "remove it: dify.base_url"
-        )
-    try:
-        answer = requests.get(f"{base}/health", timeout=5)
-        pid = answer.json().get("pid")
-    except (requests.RequestException, ValueError) as error:
-        return fail(
-            f"{base}/health: {type(error).__name__}",
-            f"set dify.base_url to a URL that reaches port {deployment.settings.dify.port}",
-        )
-    if pid not in _api_pids(deployment):
-        return fail(f"{base} is answered by another API (pid {pid})", "set dify.base_url")
-    overridden = sorted(k for k in deployment.settings.dify.env if k.endswith("_URL"))
-    if overridden:
-        return warn(
-            f"dify.env sets {', '.join(overridden)} apart from the base URL",
-            "remove them from dify.env in difyops.yaml, unless you mean it",
-        )
-    return ok(base)
-
-
-def _api_pids(deployment: Deployment) -> set[int]:
-    import psutil
-
-    from difyops.supervise import Supervisor
-
-    pid = int(Supervisor(deployment).info("api")["pid"])
-    return {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}

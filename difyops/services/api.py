@@ -196,7 +196,7 @@ def migrate(deployment: Deployment, log: StepLog) -> str:
     log.call(
         flask.argv,
         cwd=flask.cwd,
-        env={k: v.reveal() if isinstance(v, Secret) else v for k, v in flask.env.items()},
+        env=flask.plain_env(),
         user=deployment.user,
         what="flask db upgrade",
     )

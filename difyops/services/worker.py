@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+
 from difyops.core import Deployment, NotReady, Service
 from difyops.services import api, valkey
 
@@ -39,3 +42,24 @@ def ready(deployment: Deployment) -> str:
     if not waiting:
         raise NotReady("waiting for it to take tasks")
     return f"{len(deployment.facts.queues)} queues"
+
+
+def active_queues(deployment: Deployment) -> set[str]:
+    """The queues that running workers say they take: Celery's own `inspect`, which reaches them
+    through the broker. Its URL holds a password and goes through the environment."""
+    process = api.process(deployment, "celery", "inspect", "active_queues", "--json", "-t", "3")
+    broker = process.plain_env()["CELERY_BROKER_URL"]
+    done = subprocess.run(
+        process.argv,
+        env={**process.plain_env(), "BROKER_URL": broker},
+        cwd=deployment.paths.root,  # not the checkout: Celery would import all of Dify
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    try:
+        answers = json.loads(done.stdout)
+    except ValueError:
+        return set()
+    return {queue["name"] for queues in answers.values() for queue in queues}
