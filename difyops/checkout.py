@@ -91,10 +91,8 @@ def is_current(source: Source, destination: Path) -> Checkout | None:
     A remote branch is not looked up again: what was fetched of it stays. A tag is current whichever
     repository its commit came from.
     """
-    try:
-        data = json.loads((destination / MANIFEST).read_text(encoding="utf-8"))
-        manifest = _Manifest(**data)
-    except (OSError, ValueError, TypeError):
+    manifest = _manifest(destination)
+    if manifest is None:
         return None
     if source.kind == "tag" and manifest.kind == "git" and manifest.commit:
         known = releases.all_releases().get(source.ref)
@@ -108,6 +106,13 @@ def is_current(source: Source, destination: Path) -> Checkout | None:
     except (OSError, DifyopsError):
         return None
     return Checkout(manifest.version, manifest.commit, manifest.source)
+
+
+def _manifest(tree: Path) -> _Manifest | None:
+    try:
+        return _Manifest(**json.loads((tree / MANIFEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def fetch(
@@ -140,10 +145,30 @@ def fetch(
     return checkout
 
 
+def recorded(tree: Path) -> Checkout | None:
+    """What a finished checkout is of, whether or not its source has changed since."""
+    manifest = _manifest(tree)
+    return manifest and Checkout(manifest.version, manifest.commit, manifest.source)
+
+
+def identity(tree: Path) -> str | None:
+    """A text that changes when the code in a finished checkout does; None without one."""
+    manifest = _manifest(tree)
+    if manifest is None:
+        return None
+    return f"{manifest.commit or manifest.source} {digest(manifest.state)}"
+
+
 def checkout_done(deployment: Deployment) -> str | None:
-    """Step: the checkout that is there and current, or None."""
-    destination = deployment.paths.source(deployment.settings.dify.version)
-    current = is_current(_source(deployment), destination)
+    """Step: the checkout that is there and current, or None.
+
+    When nobody says where the code should come from, the one that is there is right.
+    """
+    destination = deployment.paths.source(deployment.release.version)
+    if deployment.source is None:
+        current = recorded(destination)
+    else:
+        current = is_current(_source(deployment), destination)
     return str(current) if current else None
 
 
@@ -156,8 +181,7 @@ def checkout_run(deployment: Deployment, log: StepLog) -> str:
 
 
 def _source(deployment: Deployment) -> Source:
-    dify = deployment.settings.dify
-    return parse(dify.source or dify.version, deployment.paths.root)
+    return parse(deployment.source or deployment.release.version, deployment.paths.root)
 
 
 def _build(

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import click
 import typer
 
 from difyops import __version__
@@ -34,6 +33,9 @@ secrets_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(secrets_app, name="secrets")
+
+#: Typer brings its own copy of click or uses the installed one: what it raises is found from here.
+_ClickError: Any = typer.BadParameter.__mro__[2]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Take every default; ask nothing.")]
@@ -297,12 +299,17 @@ def demo(
     from difyops import demo as demonstration
     from difyops import report
 
-    progress = report.Lines(directory.resolve())
+    root = _options(context).root / directory
+    progress = report.Lines(root.resolve())
     try:
-        result = demonstration.run(directory, dify, progress)
+        result, chat = demonstration.run(root, dify, progress, tell=report.preflight)
     finally:
         progress.close()
-    report.demonstrated(result)
+    if not result.preflight.healthy:
+        raise typer.Exit(EXIT_CANNOT_START)
+    report.brought_up(result)
+    for line in chat:
+        report.emit(line)
     if not result.healthy:
         raise typer.Exit(EXIT_FAILED)
 
@@ -362,10 +369,10 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         report.error(error)
         code = error.exit_code
-    except click.ClickException as error:
+    except _ClickError as error:
         error.show()
         code = error.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("\ninterrupted; what was done is kept, the same command goes on", err=True)
         code = 130
     sys.exit(code if isinstance(code, int) else 0)

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from difyops import checkout, dify_python, identity, releases, settings
+from difyops import checkout, dify_python, dify_tree, identity, releases, settings
 from difyops.core import Deployment, Facts, Paths
 from difyops.secrets import Secrets
 from difyops.services import pg_binaries, valkey
@@ -24,14 +24,14 @@ def load(root: Path, source: str | None = None) -> Deployment:
     user = identity.find(identity.wanted(wanted.run_as, paths.root))
     known = Deployment(paths, wanted, secrets, release, user, source=source or wanted.dify.source)
     tree = paths.source(release.version)
-    found = checkout.recorded(tree)
+    code = checkout.identity(tree)
     facts = Facts(
         postgres=pg_binaries.installed(known) if wanted.postgres.provider != "external" else None,
         valkey=valkey.installed(known) if wanted.redis.provider != "external" else None,
-        checkout=found.identity if found else None,
-        queues=tuple(checkout.queues(tree)) if found else (),
+        checkout=code,
+        queues=tuple(dify_tree.queues(tree)) if code else (),
         environment=dify_python.identity(known),
         python_reachable=user is None
-        or identity.can(user, "-x", Path(os.path.realpath(sys.executable))),
+        or identity.can(user, "x", Path(os.path.realpath(sys.executable))),
     )
     return Deployment(paths, wanted, secrets, release, user, facts, known.source)

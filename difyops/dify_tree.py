@@ -126,6 +126,15 @@ def migration_head(tree: Path) -> str:
     return heads[0]
 
 
+def knows_migration(tree: Path, revision: str) -> bool:
+    """Whether a database at `revision` is one that this code can be migrated from."""
+    for path in (tree / MIGRATIONS).glob("*.py"):
+        found = _REVISION.search(_text(path))
+        if found and found[1] == revision:
+            return True
+    return False
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

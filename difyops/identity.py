@@ -7,6 +7,7 @@ import pwd
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Literal
 
 from difyops.core import User
 from difyops.errors import PrerequisiteError, UsageError
@@ -67,8 +68,8 @@ def create(name: str) -> User:
     return user
 
 
-def can(user: User | None, test: str, path: Path) -> bool:
-    """Whether `user` passes test(1)'s `-r`, `-w` or `-x` on a path, all parents included."""
+def can(user: User | None, test: Literal["r", "w", "x"], path: Path) -> bool:
+    """Whether `user` may read, write or execute (enter) a path, all parents included."""
     if user is None:
         return os.access(path, {"r": os.R_OK, "w": os.W_OK, "x": os.X_OK}[test])
     command = ["test", f"-{test}", str(path)]

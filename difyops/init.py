@@ -109,11 +109,24 @@ def _yaml(value: dict[str, Any]) -> str:
     """A section a line where it is short, as a person would write it."""
     lines = []
     for key, entry in value.items():
+        flow = isinstance(entry, dict)
         text = yaml.safe_dump(
-            {key: entry}, sort_keys=False, default_flow_style=None, width=96, allow_unicode=True
+            entry, sort_keys=False, default_flow_style=flow, width=10_000, allow_unicode=True
         )
-        lines.append(text)
+        lines.append(f"{key}: {text.removesuffix(chr(10)).removesuffix('...').rstrip()}\n")
     return "".join(lines)
+
+
+def enable_dify(path: Path) -> None:
+    """Turn `dify.enabled` on in a difyops.yaml that `--without-dify` wrote; nothing else changes.
+
+    Raises UsageError when a person has written that key in a way of their own.
+    """
+    text = path.read_text(encoding="utf-8")
+    changed = text.replace("enabled: false, ", "", 1).replace(", enabled: false", "", 1)
+    if changed == text or not settings.parse(yaml.safe_load(changed), path.name).dify.enabled:
+        raise UsageError(f"{path}: dify.enabled is false", "set dify.enabled: true there")
+    write_atomic(path, changed)
 
 
 def answers(

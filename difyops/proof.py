@@ -1,4 +1,4 @@
-"""Dify wired to this deployment's models, and the proof: a chat and a search through Dify itself."""
+"""Dify wired to this deployment's models; the proof: a chat and a search through Dify."""
 
 from __future__ import annotations
 

@@ -205,9 +205,7 @@ def context(deployment: Deployment) -> Finding:
             f"Dify believes {believed} tokens, the server has {wanted.context}", "difyops wire"
         )
     if believed < wanted.context:
-        return warn(
-            f"Dify uses {believed} of the server's {wanted.context} tokens", "difyops wire"
-        )
+        return warn(f"Dify uses {believed} of the server's {wanted.context} tokens", "difyops wire")
     return ok(f"{believed} tokens, as the server has")
 
 

@@ -106,9 +106,9 @@ def write(deployment: Deployment) -> Finding:
     root, user = deployment.paths.root, deployment.user
     if not os.access(root, os.W_OK):
         return fail(f"{root} is not writable", f"sudo chown -R {os.getuid()} {root}")
-    if user and not identity.can(user, "-x", root):
+    if user and not identity.can(user, "x", root):
         closed = next(
-            (p for p in reversed((root, *root.parents)) if not identity.can(user, "-x", p)), root
+            (p for p in reversed((root, *root.parents)) if not identity.can(user, "x", p)), root
         )
         return fail(
             f"user {user.name}, as which services run, cannot enter {closed}",
@@ -127,7 +127,7 @@ def storage(deployment: Deployment) -> Finding:
     folder = deployment.paths.data / "storage"
     if not folder.is_dir():
         return fail(f"{folder} is missing", "difyops up --source")
-    if not identity.can(deployment.user, "-w", folder):
+    if not identity.can(deployment.user, "w", folder):
         owner = deployment.user.name if deployment.user else str(os.getuid())
         return fail(f"{folder} cannot be written by {owner}", f"sudo chown -R {owner} {folder}")
     return ok("data/storage is writable by the service's user")

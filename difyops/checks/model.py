@@ -39,7 +39,9 @@ def proxy(deployment: Deployment) -> Finding:
         if name not in environment:
             continue  # then it is ours, which covers them
         listed = [part.strip().lstrip(".") for part in environment[name].split(",")]
-        open_hosts = [h for h in hosts if not any(h == p or h.endswith(f".{p}") for p in listed if p)]
+        open_hosts = [
+            h for h in hosts if not any(h == p or h.endswith(f".{p}") for p in listed if p)
+        ]
         if open_hosts and "*" not in listed:
             return fail(
                 f"{', '.join(used)} captures calls to {', '.join(open_hosts)}: {name} lacks it",
@@ -69,7 +71,9 @@ def bind(deployment: Deployment) -> Finding:
     pid = int(supervisor.info("model")["pid"])
     try:
         family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        listens = [c.laddr for p in family for c in p.net_connections("tcp") if c.status == "LISTEN"]
+        listens = [
+            c.laddr for p in family for c in p.net_connections("tcp") if c.status == "LISTEN"
+        ]
     except psutil.Error as error:
         return skip(f"its sockets cannot be seen: {type(error).__name__}")
     mine = [address.ip for address in listens if address.port == port]
@@ -77,7 +81,9 @@ def bind(deployment: Deployment) -> Finding:
         return fail(f"port {port} is answered by another process", "difyops restart model")
     beyond = [ip for ip in mine if not ip.startswith("127.") and ip != "::1"]
     if beyond:
-        return fail(f"listens on {', '.join(beyond)}:{port}", "difyops render && difyops restart model")
+        return fail(
+            f"listens on {', '.join(beyond)}:{port}", "difyops render && difyops restart model"
+        )
     return ok(f"127.0.0.1:{port}")
 
 

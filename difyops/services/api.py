@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
-from difyops import checkout, dify_python
+from difyops import checkout, dify_python, dify_tree
 from difyops.core import Deployment, NotReady, Process, Service, Step
 from difyops.errors import PrerequisiteError
 from difyops.files import digest
@@ -30,7 +30,7 @@ def declare(deployment: Deployment) -> Service | None:
         ready=ready,
         ready_seconds=180,
         install=(
-            Step("source", source_done, fetch_source),
+            Step("source", checkout.checkout_done, checkout.checkout_run),
             Step("python", dify_python.environment_done, dify_python.environment_run),
         ),
         prepare=(Step("migrations", migrated, migrate),),
@@ -109,6 +109,8 @@ def _environment_of_a_process(deployment: Deployment) -> dict[str, str | Secret]
     return {
         "PATH": f"{deployment.paths.dify_python(version).parent}:/usr/local/bin:/usr/bin:/bin",
         "HOME": str(deployment.paths.data / "home"),
+        # The environment in opt/ is not the service's to write to; compiled code is kept here.
+        "PYTHONPYCACHEPREFIX": str(deployment.paths.data / "home" / "pycache"),
         "LANG": "C.UTF-8",
         "TZ": "UTC",
         "NO_PROXY": ",".join(hosts),
@@ -136,35 +138,11 @@ def ready(deployment: Deployment) -> str:
     return f"dify {version}, port {port}"
 
 
-# --- source and migrations ------------------------------------------------------------------------
-
-
-def source_done(deployment: Deployment) -> str | None:
-    version = deployment.release.version
-    found = checkout.current(deployment.source, deployment.paths.source(version))
-    return None if found is None else _describe(found)
-
-
-def fetch_source(deployment: Deployment, log: StepLog) -> str:
-    version = deployment.release.version
-    source = deployment.source or version
-    got = checkout.fetch(
-        checkout.parse(source),
-        deployment.paths.source(version),
-        deployment.settings.mirrors.git,
-        log,
-        version=version,
-    )
-    return _describe(got)
-
-
-def _describe(found: checkout.Checkout) -> str:
-    at = f" at {found.commit[:9]}" if found.commit else f" from {found.source}"
-    return f"dify {found.version}{at}"
+# --- migrations ------------------------------------------------------------------------
 
 
 def migrated(deployment: Deployment) -> str | None:
-    head = checkout.migration_head(deployment.paths.source(deployment.release.version))
+    head = dify_tree.migration_head(deployment.paths.source(deployment.release.version))
     return f"head {head}" if database_revision(deployment) == head else None
 
 
@@ -184,9 +162,9 @@ def migrate(deployment: Deployment, log: StepLog) -> str:
     """`flask db upgrade`, whose failure is seen (the container's `upgrade-db` swallows it), and
     the head checked afterwards."""
     tree = deployment.paths.source(deployment.release.version)
-    head = checkout.migration_head(tree)
+    head = dify_tree.migration_head(tree)
     before = database_revision(deployment)
-    if before is not None and not checkout.knows_migration(tree, before):
+    if before is not None and not dify_tree.knows_migration(tree, before):
         raise log.error(
             f"the database is at revision {before}, which dify {deployment.release.version} "
             "does not know: it was migrated by a newer release",

@@ -82,7 +82,7 @@ def install(deployment: Deployment, log: StepLog) -> str:
     write_atomic(building / "installed.json", json.dumps(record))
     shutil.rmtree(target, ignore_errors=True)
     building.rename(target)
-    if not identity.can(deployment.user, "-x", target / "bin" / "postgres"):
+    if not identity.can(deployment.user, "x", target / "bin" / "postgres"):
         raise PrerequisiteError(
             f"user {deployment.user.name if deployment.user else '?'} cannot run {target}/bin",
             f"make every folder above {deployment.paths.root} enterable (chmod o+x), or deploy "
