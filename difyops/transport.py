@@ -149,12 +149,12 @@ class Http:
         body: Any = None
         with suppress(ValueError):
             body = response.json()
-        if not isinstance(body, dict):
+        if not isinstance(body, dict) or "code" not in body:
             return DifyopsError(
                 f"{where}, not an answer of Dify's API: {self._redact(excerpt(response.text))}",
                 f"is {self.shown_url} the API, or a gateway whose API is down?",
             )
-        code, message = str(body.get("code", "unknown")), str(body.get("message", ""))
+        code, message = str(body["code"]), str(body.get("message", ""))
         return DifyApiError(
             f"{where} {code}: {self._redact(excerpt(message, 600))}",
             "see the API's log" if response.status_code >= 500 else None,

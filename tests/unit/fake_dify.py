@@ -70,6 +70,8 @@ class FakeDify015:
     stream_cut: int = 0
     stream_type: str = "text/event-stream; charset=utf-8"
     delay: float = 0.0
+    #: What answers is not Dify at all, but say a model server.
+    other_server: bool = False
     #: Indexing goes through these stages, one a poll; the last one stays.
     stages: list[str] = field(default_factory=lambda: ["waiting", "indexing", "completed"])
     #: In what order retrieval returns the passages of the document.
@@ -182,6 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = url.path.removeprefix("/console/api")
         self.dify.calls[f"{self.command} {path}"] += 1
         time.sleep(self.dify.delay)
+        if self.dify.other_server:
+            return self._json(401, {"error": {"message": "Invalid API Key"}})
         try:
             if path == "/v1/chat-messages":
                 self._chat(body)

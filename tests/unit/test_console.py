@@ -94,6 +94,12 @@ def test_pings_do_not_keep_a_stuck_answer_open_for_ever() -> None:
         list(lines_until(Pinging(), time.monotonic() + 0.05))  # type: ignore[arg-type]
 
 
+def test_another_server_is_not_the_api(fake: FakeDify015, console: BearerConsole) -> None:
+    fake.other_server = True
+    with pytest.raises(DifyopsError, match=r"not an answer of Dify's API: .*Invalid API Key"):
+        console.is_set_up()
+
+
 def test_a_web_page_is_not_the_api(fake: FakeDify015, api: ServiceApi) -> None:
     fake.stream_type = "text/html"
     with pytest.raises(DifyopsError, match="text/html"):
