@@ -16,7 +16,7 @@ from typing import Any
 from difyops.errors import UsageError
 from difyops.steplog import StepLog
 
-_HINT = "make it with `git archive --prefix=dify/ -o dify.tar.gz <tag>`, or download it again"
+_HINT = "is the file whole? Make or download it again"
 
 
 def is_name(name: str) -> bool:

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from difyops import checkout, dify_python, dify_tree, identity, releases, settings
+from difyops import checkout, dify_python, dify_source, dify_tree, identity, releases, settings
 from difyops.core import Deployment, Facts, Paths
 from difyops.secrets import Secrets
 from difyops.services import pg_binaries, valkey
@@ -22,6 +22,8 @@ def load(root: Path, source: str | None = None) -> Deployment:
     secrets = Secrets.load(paths.secrets)
     release = releases.get(wanted.dify.version)
     user = identity.find(identity.wanted(wanted.run_as, paths.root))
+    if source is not None:
+        source = str(dify_source.parse(source, Path.cwd()))
     known = Deployment(paths, wanted, secrets, release, user, source=source or wanted.dify.source)
     tree = paths.source(release.version)
     code = checkout.identity(tree)

@@ -80,13 +80,14 @@ def tree_fingerprint(root: Path, skip: Iterable[str] = ()) -> str:
     `skip` names directories, at any depth, that do not count.
     """
     skipped = frozenset(skip)
+    start = len(str(root)) + 1
     lines = []
     for here, folders, names in os.walk(root):
         folders[:] = sorted(f for f in folders if f not in skipped)
         for name in sorted(names):
-            path = Path(here) / name
-            info = path.lstat()
-            lines.append(f"{path.relative_to(root)}\t{info.st_size}\t{info.st_mtime_ns}")
+            path = f"{here}/{name}"  # as text: a Path for each of 9,000 files takes twice as long
+            info = os.lstat(path)
+            lines.append(f"{path[start:]}\t{info.st_size}\t{info.st_mtime_ns}")
     return digest("\n".join(lines))
 
 

@@ -170,6 +170,7 @@ def rendered(files: Iterable[Rendered], *, diff: bool) -> None:
 def doctor(report: Report, *, stderr: bool = False) -> None:
     """Results a topic: one line where all is well, one a finding with evidence, reason and fix."""
     console = _console(stderr=stderr)
+    skipped = _reasons(report)
     for topic in dict.fromkeys(r.id.split(".")[0] for r in report.results):
         mine = [r for r in report.results if r.id.split(".")[0] == topic]
         fine = [r for r in mine if r.status == "ok"]
@@ -177,13 +178,23 @@ def doctor(report: Report, *, stderr: bool = False) -> None:
             said = fine[0].evidence if len(fine) == 1 else f"{len(fine)} checks"
             _line(console, topic, "ok", said)
         for r in mine:
-            if r.status == "ok":
-                continue
-            _line(console, topic, r.status, f"{r.id}  {r.evidence}")
-            for label, value in (("why", r.why), ("fix", r.fix)):
-                if value and r.status in ("fail", "warn"):
-                    console.print(f"{'':<16} {label}: {value}", markup=False)
+            if r.status in ("warn", "fail"):
+                _line(console, topic, r.status, f"{r.id}  {r.evidence}")
+                for label, value in (("why", r.why), ("fix", r.fix)):
+                    if value:
+                        console.print(f"{'':<16} {label}: {value}", markup=False)
+    for reason, names in skipped.items():
+        _line(console, "", "skip", f"{', '.join(names)}: {reason}")
     console.print(report.summary(), markup=False)
+
+
+def _reasons(report: Report) -> dict[str, list[str]]:
+    """Why checks did not look -> their IDs: a reason that many share is said once."""
+    reasons: dict[str, list[str]] = {}
+    for r in report.results:
+        if r.status == "skip":
+            reasons.setdefault(r.evidence, []).append(r.id)
+    return reasons
 
 
 def _line(console: Console, topic: str, status: str, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from urllib.parse import urlsplit
 
-from difyops import dify_tree
+from difyops import checkout, dify_source, dify_tree, releases
 from difyops.core import Deployment, NotReady
 from difyops.doctor import Finding, Registry, fail, ok, warn
 from difyops.services import api, valkey, worker
@@ -15,6 +15,37 @@ check = Registry()
 
 #: Tasks that wait in a queue before it counts as stuck, when nobody takes them.
 WAITING = 1
+
+
+@check(
+    "dify.source",
+    why="without its code of the right release there is no Dify to run",
+    preflight=True,
+    dify=True,
+)
+def source(deployment: Deployment) -> Finding:
+    """The code that is there, or whether it can be had: nothing is fetched."""
+    version = deployment.release.version
+    present = checkout.checkout_done(deployment)
+    if present:
+        return ok(present)
+    wanted = dify_source.parse(deployment.source or version, deployment.paths.root)
+    found = checkout.peek(wanted)
+    if found is not None and found != version:
+        releases.get(found)
+        return fail(
+            f"{wanted} is dify {found}, difyops.yaml asks for {version}",
+            f"set dify.version: {found}, or give a source of {version}",
+        )
+    if found is not None or wanted.kind != "tag":
+        return ok(f"dify {version} from {wanted}")
+    mirror = checkout.reachable(deployment.settings.mirrors.git)
+    if mirror is None:
+        return fail(
+            f"no repository of Dify answers: {', '.join(deployment.settings.mirrors.git)}",
+            "difyops up --source --dify <directory | tarball>, or set mirrors.git",
+        )
+    return ok(f"dify {version} from {mirror}")
 
 
 @check("api.health", why="nothing of Dify works without its API", needs=("pg.up",), dify=True)

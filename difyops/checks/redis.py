@@ -38,10 +38,7 @@ def durable(deployment: Deployment) -> Finding:
 def password(deployment: Deployment) -> Finding:
     import redis
 
-    where = valkey.address(deployment)
-    session = redis.Redis(
-        host=where.host, port=where.port, socket_connect_timeout=3, socket_timeout=3
-    )
+    session = valkey.connect(deployment, valkey.CACHE_DB, None)
     try:
         session.ping()
     except redis.AuthenticationError:

@@ -11,12 +11,11 @@ import os
 import re
 import shutil
 import subprocess
-import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from difyops import identity, text
+from difyops import archive, identity, text
 from difyops.core import Deployment, Paths
 from difyops.errors import PrerequisiteError
 from difyops.files import write_atomic
@@ -147,21 +146,15 @@ def _major(folder: Path) -> int:
 
 def _from_tarball(deployment: Deployment, building: Path, log: StepLog) -> Path:
     origin = deployment.settings.postgres.tarball or ""
-    archive = Path(origin).expanduser()
+    packed = Path(origin).expanduser()
     if urlsplit(origin).scheme in ("http", "https"):
-        archive = building / "download"
-        _download(origin, archive, log)
-    elif not archive.is_file():
-        raise PrerequisiteError(f"postgres.tarball: no file {archive}", "give its path or URL")
-    try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(building / "dist", filter="data")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise PrerequisiteError(
-            f"postgres.tarball: {origin} cannot be unpacked: {error}", "is the file whole?"
-        ) from None
-    if archive.parent == building:
-        archive.unlink()
+        packed = building / "download"
+        _download(origin, packed, log)
+    elif not packed.is_file():
+        raise PrerequisiteError(f"postgres.tarball: no file {packed}", "give its path or URL")
+    archive.extract(packed, building / "dist", log)
+    if packed.parent == building:
+        packed.unlink()
     for program in sorted((building / "dist").glob("**/bin/pg_ctl")):
         return program.parent
     raise PrerequisiteError(

@@ -73,7 +73,14 @@ def program(deployment: Deployment) -> Path:
 
 def client(deployment: Deployment, db: int = CACHE_DB) -> Any:
     """A redis-py client; each call may raise redis.RedisError."""
+    return connect(deployment, db, deployment.secrets["REDIS_PASSWORD"].reveal())
+
+
+def connect(deployment: Deployment, db: int, password: str | None) -> Any:
+    """A redis-py client that tries once: a probe's answer is wanted now, also when it is no."""
     import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
 
     where = address(deployment)
     return redis.Redis(
@@ -81,10 +88,11 @@ def client(deployment: Deployment, db: int = CACHE_DB) -> Any:
         port=where.port,
         db=db,
         username=where.user or None,
-        password=deployment.secrets["REDIS_PASSWORD"].reveal(),
+        password=password,
         socket_connect_timeout=3,
         socket_timeout=5,
         decode_responses=True,
+        retry=Retry(NoBackoff(), 0),
     )
 
 

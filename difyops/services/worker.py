@@ -45,13 +45,23 @@ def ready(deployment: Deployment) -> str:
 
 
 def active_queues(deployment: Deployment) -> set[str]:
-    """The queues that running workers say they take: Celery's own `inspect`, which reaches them
-    through the broker. Its URL holds a password and goes through the environment."""
-    process = api.process(deployment, "celery", "inspect", "active_queues", "--json", "-t", "3")
-    broker = process.plain_env()["CELERY_BROKER_URL"]
+    """The queues that running workers say they take; empty when none answers.
+
+    Celery's own `inspect`, which reaches them through the broker. It always waits as long as it is
+    told to, so the patient second question is only asked when the quick one brings no answer.
+    """
+    return _inspect(deployment, 1) or _inspect(deployment, 5)
+
+
+def _inspect(deployment: Deployment, seconds: int) -> set[str]:
+    process = api.process(
+        deployment, "celery", "inspect", "active_queues", "--json", "-t", str(seconds)
+    )
+    environment = process.plain_env()
     done = subprocess.run(
         process.argv,
-        env={**process.plain_env(), "BROKER_URL": broker},
+        # Its URL holds a password: the environment, not the command line.
+        env={**environment, "BROKER_URL": environment["CELERY_BROKER_URL"]},
         cwd=deployment.paths.root,  # not the checkout: Celery would import all of Dify
         capture_output=True,
         text=True,

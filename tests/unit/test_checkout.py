@@ -1,5 +1,6 @@
 import contextlib
 import io
+import dataclasses
 import json
 import os
 import socket
@@ -465,15 +466,20 @@ def test_silent_server_is_given_up(tmp_path):
 
 def test_steps(tmp_path, log):
     make_tree(tmp_path / "dify")
-    wanted = settings.parse({"dify": {"source": "../dify"}})
     paths = core.Paths(tmp_path / "deployment")
     paths.root.mkdir()
-    deployment = core.Deployment(paths, wanted, None, releases.get("0.15.3"), None)
+    deployment = core.Deployment(
+        paths, settings.Settings(), None, releases.get("0.15.3"), None, source="../dify"
+    )
     assert checkout.checkout_done(deployment) is None
     assert checkout.checkout_run(deployment, log) == "dify 0.15.3"
     assert checkout.checkout_done(deployment) == "dify 0.15.3"
     manifest = json.loads((paths.source("0.15.3") / checkout.MANIFEST).read_text())
     assert manifest["version"] == "0.15.3"
+    (tmp_path / "dify/api/app.py").write_text("edited")
+    assert checkout.checkout_done(deployment) is None
+    unsaid = dataclasses.replace(deployment, source=None)
+    assert checkout.checkout_done(unsaid) == "dify 0.15.3"
 
 
 # --- what is read from the tree
