@@ -1,6 +1,6 @@
 import contextlib
-import io
 import dataclasses
+import io
 import json
 import os
 import socket
