@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from fake_dify import PASSWORD, FakeDify015, serve_fake, sse
 
 from difyops.console import (
     BearerConsole,
@@ -22,6 +21,7 @@ from difyops.console import (
 from difyops.errors import DifyopsError
 from difyops.secrets import Secret
 from difyops.transport import lines_until, parse_sse
+from tests.unit.fake_dify import PASSWORD, FakeDify015, serve_fake, sse
 
 
 @pytest.fixture

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from fake_dify import (
+
+from difyops import wire
+from difyops.console import BearerConsole, DifyUnreachable
+from difyops.errors import DifyopsError
+from difyops.knowledge import RIGHT, prove_knowledge
+from difyops.secrets import Secret
+from difyops.wire import ModelTarget, ProofError, WireTarget
+from tests.unit.fake_dify import (
     ERROR_EVENT,
     GOOD_STREAM,
     PASSWORD,
@@ -18,13 +25,6 @@ from fake_dify import (
     serve_fake,
     sse,
 )
-
-from difyops import wire
-from difyops.console import BearerConsole, DifyUnreachable
-from difyops.errors import DifyopsError
-from difyops.knowledge import RIGHT, prove_knowledge
-from difyops.secrets import Secret
-from difyops.wire import ModelTarget, ProofError, WireTarget
 
 KEY = "model-key-0123456789"
 
