@@ -261,8 +261,9 @@ def _pip_failed(
             f"cannot download {requirement}{where}: the package index does not answer", elsewhere
         )
     if "No matching distribution" in text:
+        # pip says the same of an index that does not answer when it was told not to retry.
         return PrerequisiteError(
-            f"cannot download {requirement}{where}: the index does not have it", elsewhere
+            f"cannot download {requirement}{where}: no index that answers has it", elsewhere
         )
     return StepError(
         f"pip download {requirement} failed", elsewhere, log=log, tail=tuple(output[-12:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import signal
 import socket
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -25,13 +27,22 @@ from difyops.serving.config import ServingConfig, load
 
 log = logging.getLogger("difyops.serving")
 
-#: Seconds that running requests get to finish after SIGTERM; with the rest of the shutdown it
-#: stays below five.
-GRACE = 4
+#: Seconds after SIGTERM: running requests are first left to finish, then end with an error that
+#: says why, and at the very last are cancelled. With the rest of the shutdown it stays below five.
+FINISH = 3.5
+CANCEL = 4
 
 
 class _Server(uvicorn.Server):
     """uvicorn, but a signal that asked for the end is not raised again after it: the exit is 0."""
+
+    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
+        super().__init__(config)
+        self._stopping = stopping
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        asyncio.get_running_loop().call_later(FINISH, self._stopping.set)
+        super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -53,11 +64,22 @@ def main() -> int:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         config = load(arguments.config)
+        _require(config)
         with _listen(config) as listener:
             return asyncio.run(_serve(config, listener))
     except DifyopsError as error:
         log.error("%s%s", error.message, f" ({error.hint})" if error.hint else "")
         return error.exit_code
+
+
+def _require(config: ServingConfig) -> None:
+    needed = ["xllamacpp"] if config.llm is not None else []
+    needed += ["onnxruntime", "tokenizers"] if config.embedding is not None else []
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PrerequisiteError(
+            f"not installed: {', '.join(missing)}", "pip install 'difyops[demo]'"
+        )
 
 
 def _listen(config: ServingConfig) -> socket.socket:
@@ -78,8 +100,9 @@ async def _serve(config: ServingConfig, listener: socket.socket) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=GRACE,
-        )
+            timeout_graceful_shutdown=CANCEL,
+        ),
+        models.stopping,
     )
     log.info("listening on http://%s:%d", config.host, listener.getsockname()[1])
     keeper = asyncio.create_task(_keep(models, server))

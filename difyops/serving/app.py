@@ -35,12 +35,14 @@ _SLICE = 8
 
 @dataclass
 class Models:
-    """The models of one process. Nothing is served before `ready`."""
+    """The models of one process. Nothing is served before `ready`; `stopping` cuts what still
+    runs when the time to finish is over."""
 
     config: ServingConfig
     llama: Llama | None = None
     embedder: Embedder | None = None
     ready: bool = False
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def load(self) -> None:
@@ -148,7 +150,7 @@ async def chat(request: Request) -> Response:
         raise _wrong_model(models, name, "chat")
     check_chat(fields, tools=llm.tools)
     # The client's own bytes go on: nothing that it said is lost in a second encoding.
-    return Relay(llama.client, "/v1/chat/completions", body, explain_llama(name))
+    return Relay(llama.client, "/v1/chat/completions", body, explain_llama(name), models.stopping)
 
 
 async def embed(request: Request) -> Response:
@@ -170,6 +172,8 @@ async def embed(request: Request) -> Response:
     for start in range(0, len(inputs), _SLICE):
         if await request.is_disconnected():
             raise errors.client_left()
+        if models.stopping.is_set():
+            raise errors.stopping()
         try:
             part = await asyncio.to_thread(embedder.embed, inputs[start : start + _SLICE])
         except ValueError as error:

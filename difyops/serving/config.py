@@ -27,7 +27,7 @@ class _Config(BaseModel):
 class LlmConfig(_Config):
     """A GGUF chat model. `context` is tokens for each of the `parallel` requests at a time.
 
-    `threads` None means every CPU this process may use.
+    `threads` None means the CPUs this process may use, less one.
     """
 
     id: ModelId

@@ -73,6 +73,8 @@ class Embedder:
             ) from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        # Idle threads sleep: by default they would spin on the CPUs that chat and Dify need.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:

@@ -94,6 +94,10 @@ def loading() -> ApiError:
     )
 
 
+def stopping() -> ApiError:
+    return ApiError(503, "the server is stopping", code="server_stopping", kind="server_error")
+
+
 def internal() -> ApiError:
     return ApiError(500, "internal error; see the server's log", kind="server_error")
 

@@ -13,7 +13,7 @@ import httpx
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from difyops.serving.errors import ApiError, bad_field, too_long
+from difyops.serving.errors import ApiError, bad_field, stopping, too_long
 
 log = logging.getLogger("difyops.serving")
 
@@ -25,30 +25,51 @@ class Relay(Response):
     """The response of `POST path` with `body`, asked of `client` only when it is sent.
 
     The upstream request lives exactly as long as the client's connection: a client that leaves
-    while its prompt is still read frees the slot as one that leaves in mid-stream does.
+    while its prompt is still read frees the slot as one that leaves in mid-stream does. When
+    `stop` is set, an answer that is not finished ends with an error that says so.
     """
 
-    def __init__(self, client: httpx.AsyncClient, path: str, body: bytes, explain: Explain) -> None:
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        path: str,
+        body: bytes,
+        explain: Explain,
+        stop: asyncio.Event,
+    ) -> None:
         super().__init__()
         self._client = client
         self._path = path
         self._content = body
         self._explain = explain
+        self._stop = stop
+        self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._relay(scope, receive, send))
         gone = asyncio.create_task(_disconnected(receive))
+        stop = asyncio.create_task(self._stop.wait())
+        tasks = (work, gone, stop)
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            cut = stop.done() and not gone.done() and not work.done()
         finally:
-            for task in (work, gone):
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait((work, gone))
+            await asyncio.wait(tasks)
         if not work.cancelled():
             work.result()
+        elif cut:
+            await self._fail(stopping(), scope, receive, send)
+
+    async def _fail(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._started:
+            # The status line is gone; an event is all that can still say so.
+            await send({"type": "http.response.body", "body": error.event()})
+        else:
+            await error.response()(scope, receive, send)
 
     async def _relay(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
         try:
             async with self._client.stream(
                 "POST",
@@ -65,7 +86,7 @@ class Relay(Response):
                 if kind.startswith("text/event-stream"):
                     # A proxy in front (nginx) would otherwise collect the tokens first.
                     headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-                started = True
+                self._started = True
                 await send(
                     {
                         "type": "http.response.start",
@@ -81,11 +102,7 @@ class Relay(Response):
             error = ApiError(
                 502, "the model's engine broke off", code="engine_failed", kind="server_error"
             )
-            if not started:
-                await error.response()(scope, receive, send)
-            else:
-                # The status line is gone; an event is all that can still say so.
-                await send({"type": "http.response.body", "body": error.event()})
+            await self._fail(error, scope, receive, send)
 
 
 def explain_llama(model: str) -> Explain:
