@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 CONFIG = Path("etc/model.json")
 #: Chats at a time: Dify asks for a title while the next question may already be there.
 PARALLEL = 2
+#: Tokens of context unless model.context says otherwise: a processor reads a longer prompt for
+#: minutes, in which Dify gives up.
+USUAL_CONTEXT = 4096
 
 
 def declare(deployment: Deployment) -> Service:
@@ -54,7 +57,7 @@ def local_spec(deployment: Deployment) -> Spec | None:
     llm = embedding = None
     if settings.model.backend == "llamacpp":
         entry = catalog.get_llm(settings.model.name)
-        context = settings.model.context or entry.trained_context
+        context = settings.model.context or min(entry.trained_context, USUAL_CONTEXT)
         if context > entry.trained_context:
             raise UsageError(
                 f"difyops.yaml: model.context: {context} is more than {settings.model.name} was "
