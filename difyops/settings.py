@@ -69,7 +69,7 @@ class Model(_Section):
     name: str = Field("smollm2-135m", description="A catalog name; for `external` its model id.")
     context: Annotated[int, Field(ge=256)] | None = Field(
         None,
-        description="Context length in tokens. Without it: 4096, or less if the model has less; for "
+        description="Context length in tokens. Without it: 4096, or what the model has; for "
         "`external` what the server says.",
     )
     port: Port = Field(8090, description="The port of the local model server.")
