@@ -46,7 +46,7 @@ def test_it_holds_no_secret_and_publishes_no_port(fragment):
     path, content = fragment
     for service in content["services"].values():
         assert "ports" not in service
-    for name, value in re.findall(r"(\w*PASSWORD\w*):\s*(\S+)", path.read_text()):
+    for name, value in re.findall(r"^\s+(\w*(?:PASSWORD|AUTH)): (\S+)", path.read_text(), re.M):
         assert value.startswith("${"), name
 
 
