@@ -16,7 +16,7 @@ def declare(deployment: Deployment) -> Service | None:
     program, *arguments = deployment.release.worker
     return Service(
         "worker",
-        needs=("api",),  # one boots at a time: both import for ten seconds and more
+        needs=("postgres", "valkey", "model"),
         process=dataclasses.replace(
             api.process(deployment, program, *arguments, "-Q", ",".join(deployment.facts.queues)),
             # A warm shutdown waits for the broker, which is gone then too: it would never end.
