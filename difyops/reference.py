@@ -152,7 +152,7 @@ def _entry(name: str, parameter: Any) -> str:
     default = parameter.default
     shown = isinstance(default, int | str | Path) and not isinstance(default, bool)
     note = f" Default: `{default}`." if shown and str(default) != "." else ""
-    return f"| `{name}` | {_cell(f'{parameter.help or ""}{note}')} |\n"
+    return f"| `{name}` | {_cell((parameter.help or '') + note)} |\n"
 
 
 def _cell(text: str) -> str:

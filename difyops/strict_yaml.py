@@ -12,7 +12,7 @@ import yaml
 
 from difyops.errors import UsageError
 
-_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
+_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})\Z")
 
 
 def load(text: str, source: str) -> Any:
@@ -28,8 +28,7 @@ def load(text: str, source: str) -> Any:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise UsageError(
-            f"{source}: line {line}: the character U+{ord(error.character):04X} cannot stand in "
-            "YAML",
+            f"{source}: line {line}: the character U+{error.character:04X} cannot stand in YAML",
             "remove it",
         ) from None
     except RecursionError:
@@ -39,7 +38,7 @@ def load(text: str, source: str) -> Any:
 class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            mark = self.get_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise _error("aliases are not read here", mark, "write the value out")
         node: yaml.Node | None = super().compose_node(parent, index)
         return node
@@ -60,9 +59,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_decimal(self, node: yaml.ScalarNode) -> int:
         if not _DECIMAL.match(node.value):
-            read = self.construct_yaml_int(node)
             raise _error(
-                f"YAML reads {node.value} as the number {read}",
+                f"{node.value[:40]} is not a plain decimal number, and YAML would read another",
                 node.start_mark,
                 f'write {node.value.lstrip("0")} for a number, "{node.value}" for text'
                 if node.value.isdigit()
