@@ -38,6 +38,8 @@ app.add_typer(secrets_app, name="secrets")
 #: Typer brings its own copy of click or uses the installed one: what it raises is found from here.
 _ClickError: Any = typer.BadParameter.__mro__[2]
 
+INTERRUPTED = 128 + signal.SIGINT
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Take every default; ask nothing.")]
 
@@ -386,7 +388,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(given: list[str]) -> int:
     try:
-        code = app(args=given, standalone_mode=False)
+        code: Any = app(args=given, standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:  # `difyops logs -f | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -395,12 +397,13 @@ def _run(given: list[str]) -> int:
         error.show()
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("\ninterrupted; what was done is kept, the same command goes on", err=True)
-        return 128 + signal.SIGINT
+        code = INTERRUPTED
     except Exception as error:
         if "--debug" in given:
             raise
         return _explain(error, given)
+    if code == INTERRUPTED:  # Typer makes this of Ctrl-C itself, and says nothing
+        typer.echo("\ninterrupted; what was done is kept, the same command goes on", err=True)
     return code if isinstance(code, int) else 0
 
 

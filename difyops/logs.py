@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -16,15 +17,18 @@ def read(paths: Paths, services: Sequence[str], lines: int, follow: bool) -> Ite
     """The last `lines` of each service's log; with `follow`, then every new line, forever."""
     prefix = max(map(len, services)) if len(services) > 1 else 0
     files = {name: paths.logs / f"{name}.log" for name in services}
-    opened = {name: _Follower(path) for name, path in files.items()} if follow else {}
-    for name, path in files.items():
-        for line in tail(path, lines, 1_000_000) if lines else ():
-            yield _named(name, line, prefix)
-    while follow:
-        for name, follower in opened.items():
-            for line in follower.new():
+    with contextlib.ExitStack() as stack:
+        opened = {}
+        for name, path in files.items() if follow else ():
+            opened[name] = stack.enter_context(contextlib.closing(_Follower(path)))
+        for name, path in files.items():
+            for line in tail(path, lines, 1_000_000) if lines else ():
                 yield _named(name, line, prefix)
-        time.sleep(0.25)
+        while follow:
+            for name, follower in opened.items():
+                for line in follower.new():
+                    yield _named(name, line, prefix)
+            time.sleep(0.25)
 
 
 def _named(name: str, line: str, width: int) -> str:
@@ -48,6 +52,10 @@ class _Follower:
             return
         if at_end:
             self._file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
 
     def new(self) -> Iterator[str]:
         if self._file is None:
