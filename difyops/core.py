@@ -145,6 +145,7 @@ class Process:
     cwd: Path
     env: Mapping[str, str | Secret] = field(default_factory=dict)
     stop_signal: str = "TERM"
+    death_signal: str | None = None  # when supervisord is gone; without it: stop_signal
     stop_seconds: int = 15
     inputs: str = ""  # a digest of what is read at start besides env and files: changed = restart
 

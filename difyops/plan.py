@@ -88,7 +88,7 @@ def launcher(deployment: Deployment, service: Service, process: Process) -> list
     command = [sys.executable, "-I", "-m", "difyops.launch"]
     command += ["--env", str(paths.etc / f"{service.name}.env")]
     command += ["--starts", str(starts_file(deployment, service.name))]
-    command += ["--death-signal", process.stop_signal]
+    command += ["--death-signal", process.death_signal or process.stop_signal]
     if deployment.user and runs_dropped(deployment, process):
         command += ["--user", deployment.user.name]
     return [*command, "--", *process.argv]

@@ -110,8 +110,8 @@ class Model(_Section):
     name: str = Field("smollm2-135m", description="A catalog name; for `external` its model id.")
     context: Annotated[int, Field(ge=256)] | None = Field(
         None,
-        description="Context length in tokens. Without it: 4096, or less if the model has less; "
-        "for `external` what the server says.",
+        description="Context length in tokens. Without it: 4096, or what the model has; for "
+        "`external` what the server says.",
     )
     port: Port = Field(8090, description="The port of the local model server.")
     url: str | None = Field(None, description="For `external`: the base URL, ending in /v1.")

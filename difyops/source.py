@@ -52,29 +52,51 @@ def _with_user(root: Path, source: str | None, progress: Progress) -> Deployment
 
 
 def start(deployment: Deployment, services: Iterable[Service], progress: Progress) -> None:
-    """Start services in order; each is ready before the next begins."""
+    """Start services, what does not wait for another at the same time."""
     supervisor = supervise.Supervisor(deployment)
     supervisor.start()
     for name in supervisor.sync():
         progress.note(f"{name}: its configuration changed, restarting it")
-    for service in services:
-        _run(deployment, service.prepare, progress)
-        _timed(service, supervisor, progress)
-        _run(deployment, service.finish, progress)
+    for wave in waves(services):
+        for service in wave:
+            _run(deployment, service.prepare, progress)
+        began = time.monotonic()
+        launched = {s.name for s in wave if s.process and supervisor.launch(s.name)}
+        for service in wave:
+            _await(service, supervisor, progress, began if service.name in launched else None)
+            _run(deployment, service.finish, progress)
 
 
-def _timed(service: Service, supervisor: supervise.Supervisor, progress: Progress) -> None:
+def waves(services: Iterable[Service]) -> list[list[Service]]:
+    """Services in the order of their needs: those of one wave can start at the same time.
+
+    What a service needs and is not among `services` is taken to be up.
+    """
+    rest = list(services)
+    result = []
+    while rest:
+        waiting = {service.name for service in rest}
+        wave = [service for service in rest if not waiting.intersection(service.needs)]
+        if not wave:
+            raise ValueError(f"services need each other: {', '.join(sorted(waiting))}")
+        result.append(wave)
+        rest = [service for service in rest if service not in wave]
+    return result
+
+
+def _await(
+    service: Service, supervisor: supervise.Supervisor, progress: Progress, launched: float | None
+) -> None:
     deployment = supervisor.deployment
-    fresh = service.process is not None and supervisor.info(service.name)["statename"] != "RUNNING"
     log = deployment.paths.logs / f"{service.name}.log" if service.process else None
-    began = time.monotonic()
+    began = launched or time.monotonic()
     progress.started(service.name, log)
     try:
-        detail = supervisor.bring_up(service, progress)
+        detail = supervisor.await_ready(service, progress)
     except DifyopsError as error:
         progress.failed(service.name, error.message, time.monotonic() - began)
         raise
-    progress.finished(service.name, detail, time.monotonic() - began if fresh else None)
+    progress.finished(service.name, detail, time.monotonic() - launched if launched else None)
 
 
 def _run(deployment: Deployment, steps: Iterable[Step], progress: Progress) -> None:

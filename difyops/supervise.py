@@ -165,13 +165,14 @@ class Supervisor:
     def info(self, name: str) -> dict[str, Any]:
         return dict(self._rpc().getProcessInfo(name))
 
-    def launch(self, name: str) -> None:
-        """Start a process if it is not running; its start count begins anew."""
+    def launch(self, name: str) -> bool:
+        """Start a process if it is not running; its start count begins anew. -> started."""
         if self.info(name)["statename"] in ("RUNNING", "STARTING"):
-            return
+            return False
         starts_file(self.deployment, name).unlink(missing_ok=True)
         with contextlib.suppress(_fault()):  # it began or failed meanwhile: the state tells
             self._rpc().startProcess(name, False)
+        return True
 
     def stop(self, name: str) -> None:
         """Stop a process and wait for its end."""
@@ -179,13 +180,11 @@ class Supervisor:
             with contextlib.suppress(_fault()):
                 self._rpc().stopProcess(name, True)
 
-    def bring_up(self, service: Service, progress: Progress) -> str:
-        """Start one service and wait until its probe is content. -> the probe's detail.
+    def await_ready(self, service: Service, progress: Progress) -> str:
+        """Wait until a service's probe is content. -> the probe's detail.
 
         Raises StepError with the last lines of its log.
         """
-        if service.process:
-            self.launch(service.name)
         began = time.monotonic()
         while True:
             try:

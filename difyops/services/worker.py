@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 
@@ -15,9 +16,11 @@ def declare(deployment: Deployment) -> Service | None:
     program, *arguments = deployment.release.worker
     return Service(
         "worker",
-        needs=("api",),  # one boots at a time: both import for ten seconds and more
-        process=api.process(
-            deployment, program, *arguments, "-Q", ",".join(deployment.facts.queues)
+        needs=("postgres", "valkey", "model"),
+        process=dataclasses.replace(
+            api.process(deployment, program, *arguments, "-Q", ",".join(deployment.facts.queues)),
+            # A warm shutdown waits for the broker, which is gone then too: it would never end.
+            death_signal="KILL",
         ),
         ready=ready,
         ready_seconds=180,

@@ -1,63 +1,28 @@
-"""Wire a real Dify 0.15, twice, and count what is there afterwards.
-
-Needs a Dify with its worker, and an OpenAI-compatible server that the API process reaches:
-DIFYOPS_E2E_URL         where the API listens, such as http://127.0.0.1:5001
-DIFYOPS_E2E_MODEL_URL   the chat model, with /v1
-and, when they differ from what stands below: DIFYOPS_E2E_MODEL, DIFYOPS_E2E_MODEL_KEY,
-DIFYOPS_E2E_EMAIL, DIFYOPS_E2E_PASSWORD. With DIFYOPS_E2E_EMBEDDING_URL (with /v1), knowledge too.
-"""
+"""Wire a real Dify 0.15, twice, and count what is there afterwards."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
-from difyops import wire
+from difyops import proof, wire
 from difyops.console import BearerConsole, DifyApiError
+from difyops.core import Deployment
 from difyops.errors import DifyopsError
 from difyops.knowledge import DATASET, RIGHT, prove_knowledge
 from difyops.secrets import Secret
 
-URL = os.environ.get("DIFYOPS_E2E_URL", "")
-MODEL_URL = os.environ.get("DIFYOPS_E2E_MODEL_URL", "")
-EMBEDDING_URL = os.environ.get("DIFYOPS_E2E_EMBEDDING_URL", "")
-
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(
-        not (URL and MODEL_URL),
-        reason="needs a real Dify: DIFYOPS_E2E_URL and DIFYOPS_E2E_MODEL_URL",
-    ),
-]
-
 
 @pytest.fixture
-def target() -> wire.WireTarget:
-    key = Secret(os.environ.get("DIFYOPS_E2E_MODEL_KEY", ""))
-    llm = wire.ModelTarget(
-        name=os.environ.get("DIFYOPS_E2E_MODEL", "smollm2-135m"),
-        endpoint_url=MODEL_URL,
-        api_key=key,
-        context=2048,
-        max_output=512,
-    )
-    embedding = wire.ModelTarget("minilm-l6", EMBEDDING_URL, key, 256) if EMBEDDING_URL else None
-    return wire.WireTarget(
-        base_url=URL,
-        admin_email=os.environ.get("DIFYOPS_E2E_EMAIL", "admin@example.com"),
-        admin_name="Admin",
-        admin_password=Secret(os.environ.get("DIFYOPS_E2E_PASSWORD", "e2e-Passw0rd")),
-        llm=llm,
-        embedding=embedding,
-    )
+def target(dify: Deployment) -> wire.WireTarget:
+    return proof.target(dify)
 
 
 @pytest.fixture
 def console(target: wire.WireTarget) -> Iterator[BearerConsole]:
-    with BearerConsole(URL) as console:
+    with BearerConsole(target.base_url) as console:
         wire.ensure_account(console, target)
         yield console
 
@@ -120,7 +85,6 @@ def test_another_password_says_so(target: wire.WireTarget, console: BearerConsol
     assert "flask reset-password" in (caught.value.hint or "")
 
 
-@pytest.mark.skipif(not EMBEDDING_URL, reason="needs DIFYOPS_E2E_EMBEDDING_URL")
 def test_knowledge_finds_the_passage_and_is_made_once(
     target: wire.WireTarget, console: BearerConsole
 ) -> None:
