@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -37,6 +38,8 @@ app.add_typer(secrets_app, name="secrets")
 #: Typer brings its own copy of click or uses the installed one: what it raises is found from here.
 _ClickError: Any = typer.BadParameter.__mro__[2]
 
+INTERRUPTED = 128 + signal.SIGINT
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Take every default; ask nothing.")]
 
@@ -61,7 +64,7 @@ def options(
     directory: Annotated[
         Path, typer.Option("-C", "--directory", metavar="DIR", help="The deployment directory.")
     ] = Path(),
-    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -80,11 +83,16 @@ def init(
     version: Annotated[str | None, typer.Option("--dify-version", help="The Dify release.")] = None,
     model: Annotated[str | None, typer.Option(help="The model's name.")] = None,
     model_url: Annotated[
-        str | None, typer.Option(help="An OpenAI-compatible server (…/v1) instead of ours.")
+        str | None,
+        typer.Option(
+            help="An OpenAI-compatible server (…/v1) instead of ours; its key, if it wants one, is "
+            "taken from DIFYOPS_MODEL_API_KEY."
+        ),
     ] = None,
     base_url: Annotated[str | None, typer.Option(help="The URL people will open.")] = None,
     without_dify: Annotated[
-        bool, typer.Option(help="Only Postgres, Valkey and the model server, for now.")
+        bool,
+        typer.Option("--without-dify", help="Only Postgres, Valkey and the model server, for now."),
     ] = False,
     json: Json = False,
 ) -> None:
@@ -97,9 +105,14 @@ def init(
         without_dify=without_dify,
     )  # fmt: skip
     root = directory or _options(context).root
-    made = initialise.run(root, answers, lambda: {} if yes else initialise.ask(answers))
+    made = initialise.run(
+        root,
+        answers,
+        lambda: {} if yes else initialise.ask(answers),
+        os.environ.get(initialise.KEY_VARIABLE),
+    )
     if json:
-        report.emit_json(made)
+        report.emit_json({"version": 1, **vars(made)})
         return
     report.emit(f"{made.settings:<8} {made.root / 'difyops.yaml'}")
     report.emit(f"{'created' if made.secrets else 'same':<8} {made.root / 'secrets.env'}")
@@ -154,18 +167,21 @@ def up(
         raise typer.Exit(EXIT_FAILED)
 
 
-@app.command()
+@app.command(epilog="Example: difyops -C ~/dify down")
 def down(context: typer.Context) -> None:
     """Stop every service, Postgres cleanly. Data stays."""
     from difyops import lock, plan, report, supervise
 
     deployment = _load(context)
     progress = report.Lines(deployment.paths.root)
-    with lock.held(deployment.paths, "down"):
-        supervise.stop_all(deployment, plan.build(deployment), progress)
+    try:
+        with lock.held(deployment.paths, "down"):
+            supervise.stop_all(deployment, plan.build(deployment), progress)
+    finally:
+        progress.close()
 
 
-@app.command()
+@app.command(epilog="Examples: difyops restart | difyops restart api worker")
 def restart(
     context: typer.Context,
     services: Annotated[list[str] | None, typer.Argument(help="Which; without it: all.")] = None,
@@ -183,7 +199,7 @@ def restart(
         progress.close()
 
 
-@app.command()
+@app.command(epilog="Examples: difyops status | difyops status --json")
 def status(context: typer.Context, json: Json = False) -> None:
     """Every service: state, pid, uptime, memory, restarts, port. Exit 1 unless all run."""
     from difyops import plan, report, supervise
@@ -217,12 +233,18 @@ def logs(
         report.emit(line)
 
 
-@app.command()
+@app.command(epilog="Examples: difyops render --diff | difyops render --check")
 def render(
     context: typer.Context,
-    check: Annotated[bool, typer.Option(help="Write nothing; exit 1 if a file differs.")] = False,
-    diff: Annotated[bool, typer.Option(help="Write nothing; show what would change.")] = False,
-    force: Annotated[bool, typer.Option(help="Overwrite files that you edited, too.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit 1 if a file differs.")
+    ] = False,
+    diff: Annotated[
+        bool, typer.Option("--diff", help="Write nothing; show what would change.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite files that you edited, too.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Render the configuration below etc/ from difyops.yaml. Files you edited are kept."""
@@ -240,7 +262,7 @@ def render(
         raise typer.Exit(EXIT_FAILED)
 
 
-@app.command()
+@app.command(epilog="Example: difyops wire")
 def wire(context: typer.Context, json: Json = False) -> None:
     """Account, model, defaults and a sample app in Dify; then a real chat. Safe to run again."""
     from difyops import lock, proof, report
@@ -287,7 +309,7 @@ def _finish(found: Report, json: bool) -> None:
         raise typer.Exit(EXIT_FAILED)
 
 
-@app.command()
+@app.command(epilog="Examples: difyops demo | difyops demo ~/try --dify ~/src/dify")
 def demo(
     context: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where.")] = Path("demo"),
@@ -314,7 +336,8 @@ def demo(
         raise typer.Exit(EXIT_FAILED)
 
 
-@secrets_app.command("show")
+@secrets_app.command("show", epilog="Examples: difyops secrets show admin | "
+                     "difyops secrets show DIFY_DB_PASSWORD")  # fmt: skip
 def secrets_show(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="`admin`, or a name in secrets.env.")],
@@ -326,7 +349,7 @@ def secrets_show(
     report.emit(_load(context).secrets[wanted].reveal())
 
 
-@secrets_app.command("apply")
+@secrets_app.command("apply", epilog="Example: difyops secrets apply")
 def secrets_apply(context: typer.Context) -> None:
     """Give Postgres the passwords that secrets.env has now (data made with others is kept)."""
     from difyops import lock, report
@@ -360,19 +383,39 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the CLI. Exit codes: 0 fine, 1 failed, 2 usage, 3 could not start, 130/143 signals."""
     signal.signal(signal.SIGTERM, _on_sigterm)
     given = sys.argv[1:] if arguments is None else arguments
+    sys.exit(_run(given))
+
+
+def _run(given: list[str]) -> int:
     try:
         code: Any = app(args=given, standalone_mode=False)
-    except DifyopsError as error:
-        from difyops import report
-
-        if "--debug" in given:
-            raise
-        report.error(error)
-        code = error.exit_code
+        sys.stdout.flush()
+    except BrokenPipeError:  # `difyops logs -f | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except _ClickError as error:
         error.show()
-        code = error.exit_code
+        return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        if "--debug" in given:
+            raise
+        return _explain(error, given)
+    if code == INTERRUPTED:  # Typer makes this of Ctrl-C itself, and says nothing
         typer.echo("\ninterrupted; what was done is kept, the same command goes on", err=True)
-        code = 130
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
+
+
+def _explain(problem: Exception, given: list[str]) -> int:
+    """Tell a person what went wrong, without a traceback. -> the exit code"""
+    from difyops import report
+
+    if isinstance(problem, OSError) and problem.strerror:  # a full disk, a missing right
+        where = f"{problem.filename}: " if problem.filename else ""
+        problem = DifyopsError(f"{where}{problem.strerror}")
+    if isinstance(problem, DifyopsError):
+        report.error(problem)
+        return problem.exit_code
+    report.bug(problem, given)
+    return EXIT_FAILED

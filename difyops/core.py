@@ -118,7 +118,7 @@ class File:
     """A rendered file. `private` files hold secrets: mode 0600."""
 
     path: Path  # relative to the deployment directory
-    text: str
+    text: str = field(repr=False)
     private: bool = False
     for_service: bool = False  # read by the service after privileges were dropped
 

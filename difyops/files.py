@@ -52,7 +52,8 @@ def sync_dir(path: Path) -> None:
 def dotenv_text(values: Mapping[str, str]) -> str:
     """Env-file lines that python-dotenv (and a POSIX shell, for plain values) reads back exactly.
 
-    Raises UsageError for a name no shell accepts, or a value with a newline or NUL.
+    Raises UsageError for a name no shell accepts, or a value that cannot be written: one with a
+    line break or NUL, or one that needs quotes and ends in a backslash.
     """
     lines = []
     for name, value in values.items():
@@ -62,6 +63,11 @@ def dotenv_text(values: Mapping[str, str]) -> str:
             raise UsageError(f"{name}: a line break or NUL cannot stand in an env file")
         if re.fullmatch(r"[A-Za-z0-9_@%+=:,./-]*", value):
             lines.append(f"{name}={value}")
+        elif value.endswith("\\"):
+            # In quotes, python-dotenv takes this backslash and the closing quote for one character.
+            if value[0] in "'\"" or value != value.strip() or re.search(r"\s#", value):
+                raise UsageError(f"{name}: a backslash at its end cannot stand in an env file")
+            lines.append(f"{name}={value}")
         else:
             quoted = value.replace("\\", "\\\\").replace("'", "\\'")
             lines.append(f"{name}='{quoted}'")
@@ -70,7 +76,9 @@ def dotenv_text(values: Mapping[str, str]) -> str:
 
 def digest(text: str | bytes) -> str:
     """A short, stable name for a content: the first 16 hex digits of its SHA-256."""
-    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:16]
+    # A file name that is not UTF-8 reaches us with surrogates.
+    content = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def tree_fingerprint(root: Path, skip: Iterable[str] = ()) -> str:
@@ -92,12 +100,21 @@ def tree_fingerprint(root: Path, skip: Iterable[str] = ()) -> str:
 
 
 def tail(path: Path, lines: int = 12, limit: int = 64_000) -> tuple[str, ...]:
-    """The last non-empty lines of a log, read from its end; empty if there is no such file."""
+    """The last non-empty lines of a log, read from its end; empty if there is no such file.
+
+    No more than `limit` bytes are read; a line cut by that is left out, unless it is the only one.
+    """
+    if lines <= 0:
+        return ()
     try:
         with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - limit))
-            text = file.read().decode("utf-8", "replace")
+            start = max(0, file.seek(0, os.SEEK_END) - limit - 1)
+            file.seek(start)
+            data = file.read()
     except FileNotFoundError:
         return ()
+    if start:
+        whole = data.partition(b"\n")[2]
+        data = whole if whole.strip() else data[1:]
+    text = data.decode("utf-8", "replace")
     return tuple(line for line in text.splitlines() if line.strip())[-lines:]

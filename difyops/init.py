@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 
 import yaml
 
-from difyops import secrets, settings
+from difyops import catalog, releases, secrets, settings
 from difyops.core import Paths
-from difyops.errors import DifyopsError, UsageError
-from difyops.files import write_atomic
+from difyops.errors import UsageError
+from difyops.files import dotenv_text, write_atomic
+
+#: In the environment of `init`: the key of a model server that somebody else runs.
+KEY_VARIABLE = "DIFYOPS_MODEL_API_KEY"
 
 HEADER = """\
 # What you want of this Dify; yours to edit. Then: difyops up --source
@@ -30,27 +34,67 @@ class Made:
     secrets: list[str]  # names added
 
 
-def run(root: Path, answers: dict[str, Any], ask: Callable[[], dict[str, Any]]) -> Made:
+def run(
+    root: Path,
+    answers: dict[str, Any],
+    ask: Callable[[], dict[str, Any]],
+    model_key: str | None = None,
+) -> Made:
     """Make `root` a deployment directory; a second run changes nothing.
 
     `answers` come from flags; `ask` is called for the rest when there is no difyops.yaml yet.
+    `model_key` goes to secrets.env where a model is somebody else's.
     Raises UsageError for a wrong answer, before anything is written.
     """
     paths = Paths(root.resolve())
-    verb = "same"
-    if paths.settings.exists():
+    text = None
+    if _exists(paths.settings):
         if answers:
-            raise DifyopsError(
+            raise UsageError(
                 f"{paths.settings} is there already, and init does not change it",
                 "edit it, then: difyops up --source",
             )
-        settings.load(paths.settings)
+        wanted = settings.load(paths.settings)
     else:
         chosen = _merged(_defaults(), ask(), answers)
-        settings.parse(chosen)
-        write_atomic(paths.settings, HEADER + _yaml(chosen))
-        verb = "created"
-    return Made(paths.root, verb, secrets.ensure(paths.secrets))
+        wanted = settings.parse(chosen)
+        _check_names(wanted)
+        text = HEADER + _yaml(chosen)
+    given = {}
+    if model_key and _has_external_model(wanted):
+        given["EXTERNAL_MODEL_API_KEY"] = model_key
+        dotenv_text(given)  # refuses what cannot be kept
+    try:
+        if text is not None:
+            write_atomic(paths.settings, text)
+        added = secrets.ensure(paths.secrets, given)
+    except OSError as error:
+        raise UsageError(
+            f"{paths.root} cannot be written: {error.strerror}",
+            "name another directory: difyops init DIR",
+        ) from None
+    return Made(paths.root, "same" if text is None else "created", added)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:
+        raise UsageError(f"{path.parent} cannot be read", "name another directory") from None
+
+
+def _check_names(wanted: settings.Settings) -> None:
+    """Names that only the release list and the catalog know."""
+    releases.get(wanted.dify.version)
+    if wanted.model.backend == "llamacpp":
+        catalog.get_llm(wanted.model.name)
+    if wanted.embedding and wanted.embedding.url is None:
+        catalog.get_embedding(wanted.embedding.name)
+
+
+def _has_external_model(wanted: settings.Settings) -> bool:
+    embedding = wanted.embedding.url if wanted.embedding else None
+    return wanted.model.backend == "external" or embedding is not None
 
 
 def _defaults() -> dict[str, Any]:
@@ -65,7 +109,7 @@ def _defaults() -> dict[str, Any]:
             "name": known.model.name,
             "port": _free(known.model.port, taken),
         },
-        "embedding": {"name": "minilm-l6"},
+        "embedding": {"name": settings.Embedding().name},
         "vector_store": known.vector_store,
         "postgres": {
             "provider": known.postgres.provider,
@@ -142,6 +186,8 @@ def answers(
     dify = {"version": version, "base_url": base_url, "enabled": False if without_dify else None}
     if dify := {k: v for k, v in dify.items() if v is not None}:
         given["dify"] = dify
+    if model_url and not model:
+        raise UsageError("--model-url needs the name of a model there", "--model NAME")
     backend = "external" if model_url else None
     about = {"backend": backend, "name": model, "url": model_url}
     if about := {k: v for k, v in about.items() if v is not None}:
@@ -151,22 +197,25 @@ def answers(
 
 def ask(given: dict[str, Any]) -> dict[str, Any]:
     """Ask for what no flag said. Raises UsageError when there is nobody to ask."""
-    import sys
-
-    import typer
-
     if not sys.stdin.isatty():
         raise UsageError("init would ask, and there is no terminal", "difyops init --yes")
     said: dict[str, Any] = {}
     if "model" not in given:
-        url = typer.prompt("URL of your OpenAI-compatible model server (empty: a small one here)",
-                           default="", show_default=False, err=True)  # fmt: skip
+        url = _prompt("URL of your OpenAI-compatible model server (empty: a small one here)")
         if url:
-            name = typer.prompt("Its model's name", err=True)
-            said["model"] = {"backend": "external", "url": url, "name": name}
+            said["model"] = {"backend": "external", "url": url, "name": _prompt("Its model's name")}
     if "base_url" not in given.get("dify", {}):
-        base = typer.prompt("URL that people will open (empty: only this machine)",
-                            default="", show_default=False, err=True)  # fmt: skip
+        base = _prompt("URL that people will open (empty: only this machine)")
         if base:
             said["dify"] = {"base_url": base}
     return said
+
+
+def _prompt(question: str) -> str:
+    """A line from the terminal. The question goes to stderr: stdout is for the payload."""
+    sys.stderr.write(f"{question}: ")
+    sys.stderr.flush()
+    line = sys.stdin.readline()
+    if not line:  # Ctrl-D
+        raise KeyboardInterrupt
+    return line.strip()

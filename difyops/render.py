@@ -39,7 +39,8 @@ def _write_one(
 ) -> Rendered:
     target, name = deployment.paths.root / file.path, str(file.path)
     try:
-        now: str | None = target.read_text(encoding="utf-8")
+        # As bytes: a changed line ending is an edit, and a file that is not UTF-8 is one, too.
+        now: str | None = target.read_bytes().decode("utf-8", "replace")
     except FileNotFoundError:
         now = None
     owner = deployment.owner if file.for_service else None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shlex
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from difyops.errors import DifyopsError, StepError
 from difyops.secrets import REDACTED, Secret
@@ -34,7 +37,16 @@ def _console(stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     # Piped output is read by programs and logs: it is not cut to a terminal's width.
     width = None if stream.isatty() else 10_000
-    return Console(stderr=stderr, highlight=False, width=width, soft_wrap=True, emoji=False)
+    # rich would keep bold and dim with NO_COLOR; it asks for none of these codes.
+    colors: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    return Console(
+        stderr=stderr,
+        color_system=colors,
+        highlight=False,
+        width=width,
+        soft_wrap=True,
+        emoji=False,
+    )
 
 
 def emit(text: str) -> None:
@@ -58,17 +70,31 @@ def _plain(value: object) -> Any:
 
 
 def error(problem: DifyopsError, root: Path | None = None) -> None:
-    """What, where, and the remedy; for a step, the end of its log and where the rest is."""
+    """What, where, and the remedy. For a step, the end of its log first: it belongs to the line
+    that said which step failed, and the remedy is the last thing one reads."""
     console = _console(stderr=True)
+    step = problem if isinstance(problem, StepError) else None
+    for line in step.tail if step else ():
+        console.print(f"      {line}", markup=False, style="dim")
     console.print("[red]error:[/red]", end=" ")
     console.print(problem.message, markup=False)
-    if isinstance(problem, StepError):
-        for line in problem.tail:
-            console.print(f"    {line}", markup=False, style="dim")
-        if problem.log:
-            console.print(f"  Log: {_short(problem.log, root)}", markup=False)
     if problem.hint:
         console.print(f"  Fix: {problem.hint}", markup=False)
+    if step and step.log:
+        console.print(f"  Log: {_short(step.log, root)}", markup=False)
+
+
+def bug(problem: Exception, arguments: Sequence[str]) -> None:
+    """The last resort: a mistake of ours, in a line, and how to get its traceback."""
+    said = next(iter(str(problem).splitlines()), "")
+    console = _console(stderr=True)
+    console.print("[red]error:[/red]", end=" ")
+    console.print(
+        f"this is a bug in difyops: {type(problem).__name__}{': ' if said else ''}{said[:200]}",
+        markup=False,
+    )
+    command = shlex.join(["difyops", "--debug", *arguments])
+    console.print(f"  Fix: report it with what this prints: {command}", markup=False)
 
 
 def _short(path: Path, root: Path | None) -> str:
@@ -78,29 +104,36 @@ def _short(path: Path, root: Path | None) -> str:
 
 
 class Lines:
-    """Progress: a line a finished step; on a terminal a spinner for the one at work."""
+    """Progress: a line a finished step. On a terminal a spinner for the one at work; elsewhere a
+    sign of life now and then, since a log that is silent for minutes looks hung."""
 
-    def __init__(self, root: Path | None = None) -> None:
+    def __init__(self, root: Path | None = None, *, silence: float = 15.0) -> None:
         self._console = _console(stderr=True)
         self._root = root
+        self._silence = silence
         self._status: Status | None = None
         self._log: Path | None = None
-        self._began = 0.0
-        self._said = 0.0
+        self._text = ""
+        self._over = threading.Event()
+        self._pulse: threading.Thread | None = None
 
     def started(self, name: str, log: Path | None = None) -> None:
-        self._log, self._began = log, time.monotonic()
-        self._said = self._began
+        self._stop()
+        self._log, self._text = log, ""
         if self._console.is_terminal:
-            self._status = self._console.status(self._working(name, ""), spinner="dots")
+            self._status = self._console.status(self._working(name), spinner="dots")
             self._status.start()
+        else:
+            self._over.clear()
+            self._pulse = threading.Thread(
+                target=self._show_life, args=(name, time.monotonic()), daemon=True
+            )
+            self._pulse.start()
 
     def detail(self, name: str, text: str) -> None:
+        self._text = text
         if self._status:
-            self._status.update(self._working(name, text))
-        elif time.monotonic() - self._said >= 15:  # a log that is silent for minutes looks hung
-            self._said = time.monotonic()
-            self._console.print(f"  . {name:<14} {text}", markup=False)
+            self._status.update(self._working(name))
 
     def finished(self, name: str, detail: str, seconds: float | None) -> None:
         self._stop()
@@ -109,6 +142,7 @@ class Lines:
         self._console.print(f"{name:<14} {detail:<60} {took}".rstrip(), markup=False)
 
     def failed(self, name: str, message: str, seconds: float) -> None:
+        """Only which step and when: what was wrong is said once, by `error`."""
         self._stop()
         self._console.print("  [red]✗[/red] ", end="")
         self._console.print(f"{name:<14} failed after {seconds:.1f} s", markup=False)
@@ -123,12 +157,22 @@ class Lines:
         if self._status:
             self._status.stop()
             self._status = None
+        if self._pulse:
+            self._over.set()
+            self._pulse.join()
+            self._pulse = None
 
-    def _working(self, name: str, text: str) -> str:
+    def _show_life(self, name: str, began: float) -> None:
+        while not self._over.wait(self._silence):
+            said = self._text or f"at work for {time.monotonic() - began:.0f} s"
+            where = f"  {_short(self._log, self._root)}" if self._log else ""
+            self._console.print(f"  . {name:<14} {said}{where}", markup=False)
+
+    def _working(self, name: str) -> str:
         from rich.markup import escape
 
         where = f"  [dim]{escape(_short(self._log, self._root))}[/dim]" if self._log else ""
-        return f"{name:<14} {escape(text)}{where}"
+        return f"{escape(name):<14} {escape(self._text)}{where}"
 
 
 def states(found: Sequence[State]) -> None:

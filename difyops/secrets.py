@@ -5,9 +5,11 @@ from __future__ import annotations
 import secrets as entropy
 import string
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
+from typing import NoReturn
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 
 from difyops.errors import UsageError
 from difyops.files import dotenv_text, write_atomic
@@ -46,7 +48,7 @@ class Secret:
     def __bool__(self) -> bool:
         return bool(self._value)
 
-    def __reduce__(self) -> str:
+    def __reduce__(self) -> NoReturn:
         raise TypeError("a Secret is not pickled")
 
 
@@ -100,15 +102,37 @@ class Secrets:
 
     @classmethod
     def load(cls, path: Path) -> Secrets:
-        """Read `secrets.env`. Raises UsageError when it is absent or readable by others."""
+        """Read `secrets.env`. Raises UsageError when it is absent, readable by others or broken."""
         try:
             mode = path.stat().st_mode & 0o777
+            if mode & 0o077:
+                raise UsageError(
+                    f"{path} can be read by others (mode {mode:04o})", f"chmod 600 {path}"
+                )
+            text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise UsageError(f"{path} is missing", "run `difyops init` here first") from None
-        if mode & 0o077:
-            raise UsageError(f"{path} can be read by others (mode {mode:04o})", f"chmod 600 {path}")
-        values = dotenv_values(path, interpolate=False)
-        return cls({k: Secret(v) for k, v in values.items() if v}, path)
+            raise UsageError(f"{path} is missing", f"difyops init {path.parent}") from None
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"{path.name}: not UTF-8 at byte {error.start}", "save it as UTF-8"
+            ) from None
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+        return cls({k: Secret(v) for k, v in _parsed(text, path.name).items() if v}, path)
+
+
+def _parsed(text: str, source: str) -> dict[str, str | None]:
+    """A line that cannot be read is an error: its value would seem missing, and be made anew."""
+    values = {}
+    for entry in parse_stream(StringIO(text)):
+        if entry.error:
+            raise UsageError(
+                f"{source}: line {entry.original.line} cannot be read",
+                "write NAME=value there, or NAME='value'",
+            )
+        if entry.key is not None:
+            values[entry.key] = entry.value
+    return values
 
 
 def ensure(path: Path, given: dict[str, str] | None = None) -> list[str]:
@@ -116,10 +140,10 @@ def ensure(path: Path, given: dict[str, str] | None = None) -> list[str]:
 
     `given` supplies values a person chose (the key of an external model, say).
     """
-    text = path.read_text() if path.exists() else HEADER
-    present = {k for k, v in Secrets.load(path)._values.items() if v} if path.exists() else set()
-    new = {**{k: "" for k in GENERATORS}, **(given or {})}
-    missing = {k: v or GENERATORS[k]() for k, v in new.items() if k not in present}
+    known = Secrets.load(path).names() if path.exists() else []
+    text = path.read_text(encoding="utf-8") if path.exists() else HEADER
+    missing = {k: v for k, v in (given or {}).items() if k not in known}
+    missing |= {k: make() for k, make in GENERATORS.items() if k not in known and k not in missing}
     if missing:
         if not text.endswith("\n"):
             text += "\n"

@@ -3,37 +3,67 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from difyops import strict_yaml
 from difyops.errors import UsageError
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # strict: `port: yes` is a mistake, not the port 1.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _split(value: str, shape: str) -> SplitResult:
+    """The parts of a URL without a password. It is never repeated in an error."""
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError:
+        raise ValueError(f"should look like {shape}") from None
+    if not parts.hostname or re.search(r"\s", value) or port == 0:
+        raise ValueError(f"should look like {shape}")
+    if parts.password is not None:
+        raise ValueError("should not carry a password; secrets belong in secrets.env")
+    if parts.query or parts.fragment:
+        raise ValueError(f"should look like {shape}: what stands after ? or # is not read")
+    return parts
 
 
 def _http_url(value: str) -> str:
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if value.split("://")[0].lower() not in ("http", "https"):
         raise ValueError("should be an http:// or https:// URL")
-    if parts.username or parts.password:
-        raise ValueError("should not carry a password; secrets belong in secrets.env")
+    if _split(value, "https://host/path").username is not None:
+        raise ValueError("should not carry a login; secrets belong in secrets.env")
     return value.rstrip("/")
 
 
-def _server_url(value: str, schemes: tuple[str, ...]) -> str:
-    parts = urlsplit(value)
-    if parts.scheme not in schemes or not parts.hostname:
-        raise ValueError(f"should look like {schemes[0]}://user@host:port/name")
-    if parts.password:
-        raise ValueError("should not carry a password; put it in secrets.env")
+def _dsn(value: str) -> str:
+    shape = "postgresql://user@host:port/database"
+    if _split(value, shape).scheme not in ("postgresql", "postgres"):
+        raise ValueError(f"should look like {shape}")
+    return value
+
+
+def _redis_url(value: str) -> str:
+    shape = "redis://user@host:port"
+    parts = _split(value, shape)
+    if parts.scheme != "redis" or parts.path.strip("/"):
+        raise ValueError(f"should look like {shape}, without a database number")
+    return value
+
+
+def _no_password(value: str) -> str:
+    """Of a path or any URL that git reads; its credential helper is the place for a password."""
+    if "://" in value and re.match(r"[^/]*:[^/]*@", value.split("://", 1)[1]):
+        raise ValueError("should not carry a password; give it to git's credential helper")
     return value
 
 
@@ -56,6 +86,17 @@ class Dify(_Section):
     )
 
     _url = field_validator("base_url")(lambda v: v if v is None else _http_url(v))
+    _source = field_validator("source")(lambda v: v if v is None else _no_password(v))
+
+    @field_validator("env")
+    @classmethod
+    def _env_file_can_hold_it(cls, env: dict[str, str]) -> dict[str, str]:
+        for name, value in env.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"{name!r} is not the name of an environment variable")
+            if re.search(r"[\r\n\0]", value):
+                raise ValueError(f"{name}: should be one line")
+        return env
 
     @property
     def url(self) -> str:
@@ -111,9 +152,7 @@ class Postgres(_Section):
         "(DIFY_DB_PASSWORD in secrets.env).",
     )
 
-    _dsn = field_validator("dsn")(
-        lambda v: v if v is None else _server_url(v, ("postgresql", "postgres"))
-    )
+    _dsn = field_validator("dsn")(lambda v: v if v is None else _dsn(v))
 
     @model_validator(mode="after")
     def _provider_has_its_key(self) -> Postgres:
@@ -136,7 +175,7 @@ class Redis(_Section):
         None, description="For `external`: redis://host:port (REDIS_PASSWORD in secrets.env)."
     )
 
-    _url = field_validator("url")(lambda v: v if v is None else _server_url(v, ("redis",)))
+    _url = field_validator("url")(lambda v: v if v is None else _redis_url(v))
 
     @model_validator(mode="after")
     def _external_needs_url(self) -> Redis:
@@ -149,7 +188,9 @@ class Admin(_Section):
     email: Annotated[str, Field(pattern=r"^[^@\s]+@([\w-]+\.)+[\w-]{2,}$")] = Field(
         "admin@difyops.local", description="The first account; password: ADMIN_PASSWORD."
     )
-    name: Annotated[str, Field(min_length=1, max_length=30)] = Field("admin")
+    name: Annotated[str, Field(min_length=1, max_length=30)] = Field(
+        "admin", description="Its name in Dify."
+    )
 
 
 class Mirrors(_Section):
@@ -161,6 +202,7 @@ class Mirrors(_Section):
     )
 
     _url = field_validator("pypi")(lambda v: v if v is None else _http_url(v))
+    _git = field_validator("git")(lambda urls: [_no_password(url) for url in urls])
 
 
 class Settings(_Section):
@@ -172,7 +214,9 @@ class Settings(_Section):
     embedding: Embedding | None = Field(
         default_factory=Embedding, description="null: no knowledge bases."
     )
-    vector_store: Literal["pgvector"] = Field("pgvector")
+    vector_store: Literal["pgvector"] = Field(
+        "pgvector", description="Where the vectors of knowledge bases are kept."
+    )
     postgres: Postgres = Field(default_factory=Postgres)
     redis: Redis = Field(default_factory=Redis)
     admin: Admin = Field(default_factory=Admin)
@@ -183,54 +227,100 @@ class Settings(_Section):
         "directory, or else `difyops`, which is created.",
     )
 
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Settings:
+        local = self.embedding is not None and self.embedding.url is None
+        ports = {
+            "dify.port": self.dify.port if self.dify.enabled else None,
+            "model.port": self.model.port if local or self.model.backend != "external" else None,
+            "postgres.port": None if self.postgres.provider == "external" else self.postgres.port,
+            "redis.port": None if self.redis.provider == "external" else self.redis.port,
+        }
+        taken: dict[int, str] = {}
+        for key, port in ports.items():
+            if port in taken:
+                raise ValueError(f"{key} and {taken[port]} are both {port}; each needs its own")
+            if port is not None:
+                taken[port] = key
+        return self
+
 
 def load(path: Path) -> Settings:
     """Read and check difyops.yaml. Raises UsageError naming the key path and what was expected."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UsageError(f"{path} is missing", "run `difyops init` here first") from None
+        raise UsageError(f"{path} is missing", f"difyops init {path.parent}") from None
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path.name}: not UTF-8 at byte {error.start}") from None
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise UsageError(f"{path.name}:{where} {problem}", "mend the YAML there") from None
+        raise UsageError(
+            f"{path.name}: not UTF-8 at byte {error.start}", "save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    data = strict_yaml.load(text, path.name)
     return parse({} if data is None else data, path.name)
 
 
 def parse(data: Any, source: str = "difyops.yaml") -> Settings:
     """Settings from plain data; `source` is named in errors."""
     if not isinstance(data, dict):
-        raise UsageError(f"{source}: should be a mapping of keys, not {type(data).__name__}")
+        raise UsageError(
+            f"{source}: should be a mapping of keys, not {_said(data)}",
+            "a line a key, such as  mode: source",
+        )
     try:
         return Settings.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(dict(e), source) for e in error.errors()]
-        hint = next((hint for _, hint in lines if hint), None)
-        raise UsageError("\n".join(line for line, _ in lines), hint) from None
+        found = [_explain(dict(e), source) for e in error.errors()]
+    lines = [line for line, _ in found[:3]]
+    if len(found) > 3:
+        lines.append(f"{source}: and {len(found) - 3} more")
+    raise UsageError("\n".join(lines), next((hint for _, hint in found if hint), None))
 
 
 def _explain(error: dict[str, Any], source: str) -> tuple[str, str | None]:
+    """One wrong setting -> where and what, and the remedy."""
+    kind, given = error["type"], error["input"]
     path = ".".join(str(part) for part in error["loc"])
     where = f"{source}: {path}" if path else source
-    if error["type"] == "extra_forbidden":
+    last = str(error["loc"][-1]) if error["loc"] else ""
+    if kind == "extra_forbidden":
         known = _keys(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(last, known, n=1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key", hint
-    if error["type"] == "literal_error":
+    if kind == "literal_error":
         expected = error["ctx"]["expected"]
-        near = difflib.get_close_matches(str(error["input"]), expected.replace("'", "").split(), 1)
-        said = f"{where}: should be {expected}, not {error['input']!r}"
-        return said, f"did you mean `{near[0].strip(',')}`?" if near else None
-    if error["type"] == "value_error":
+        near = difflib.get_close_matches(str(given), re.findall(r"'([^']+)'", expected), 1)
+        said = f"{where}: should be {expected}, not {_said(given)}"
+        return said, f"did you mean `{near[0]}`?" if near else None
+    if kind == "value_error":
         return f"{where}: {error['ctx']['error']}", None
-    message = error["msg"].removeprefix("Input ").strip()
-    return f"{where}: {message}, not {error['input']!r}", None
+    if kind == "string_type" and error["loc"][:2] == ("dify", "env"):
+        # Not repeated here: it may be a password.
+        return f"{where}: should be text, in quotes", f'{last}: "…"'
+    if kind == "string_type" and isinstance(given, bool | int | float):
+        return f"{where}: should be text, not {_said(given)}", f'put it in quotes: {last}: "…"'
+    if kind in ("model_type", "dict_type"):
+        remedy = f"give it keys, or remove `{last}:`" if given is None else None
+        return f"{where}: should be a mapping of keys, not {_said(given)}", remedy
+    message = str(error["msg"])
+    for noise in ("Input ", "Value "):
+        message = message.removeprefix(noise)
+    return f"{where}: {message[:1].lower()}{message[1:]}, not {_said(given)}", None
+
+
+def _said(value: Any) -> str:
+    """What stands there, briefly and in the words of YAML."""
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 40 else value[:39] + "…")
+    return str(value)[:40]
 
 
 def _keys(path: tuple[str | int, ...]) -> list[str]:
