@@ -64,7 +64,7 @@ def _supervisord(
             "command": _escaped(shlex.join(launcher(deployment, service, service.process))),
             "directory": _escaped(str(service.process.cwd)),
             "inputs": _inputs(service, service.process, files),
-            "startsecs": 10 if service.ready_seconds > 60 else 2,
+            "startsecs": service.process.settle_seconds,
             "stop_signal": service.process.stop_signal,
             "stop_seconds": service.process.stop_seconds,
         }

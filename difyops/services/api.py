@@ -45,6 +45,7 @@ def process(deployment: Deployment, program: str, *arguments: str) -> Process:
         cwd=paths.source(version) / "api",
         env=environment(deployment),
         stop_seconds=30,
+        settle_seconds=10,
         inputs=digest(f"{deployment.facts.checkout} {deployment.facts.environment}"),
     )
 
