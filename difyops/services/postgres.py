@@ -208,8 +208,15 @@ def make_data(deployment: Deployment, log: StepLog) -> str:
             ],
             cwd=data.parent,
             user=deployment.user,
-            hint="free space on this disk (initdb needs about 40 MB), then: difyops up --source",
         )  # fmt: skip
+    except BaseException as error:
+        shutil.rmtree(building, ignore_errors=True)
+        if isinstance(error, StepError) and "No space left" in "\n".join(error.tail):
+            raise log.error(
+                f"no space left for {data} (initdb needs about 40 MB)",
+                "free space on that disk, then: difyops up --source",
+            ) from None
+        raise
     finally:
         password.unlink(missing_ok=True)
     if data.exists():
@@ -343,6 +350,10 @@ def apply_passwords(deployment: Deployment, log: StepLog) -> str:
 
     The statement goes through standard input: it holds the password.
     """
+    if deployment.settings.postgres.provider == "external":
+        return "the server is not ours: set its password there"
+    if data_version(data_directory(deployment)) is None:
+        raise PrerequisiteError("there is no data/postgres yet", "difyops up --source")
     secret: Secret = deployment.secrets["POSTGRES_SUPERUSER_PASSWORD"]
     quoted = secret.reveal().replace("'", "''")
     data = data_directory(deployment)
