@@ -32,7 +32,7 @@ def _everything(root):
 
 
 @pytest.mark.parametrize("section", KEYS)
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+@pytest.mark.parametrize("host", ["127.0.0.1", ""], ids=["loopback", "every"])
 def test_taken_port(new, section, host):
     cli = new()
     port = yaml.safe_load((cli.root / "difyops.yaml").read_text())[section]["port"]
