@@ -381,6 +381,7 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("\ninterrupted; what was done is kept, the same command goes on", err=True)
         code = 130
+    if code == 130:  # Typer turns Ctrl-C into a plain exit with that code
+        typer.echo("\ninterrupted; what was done is kept, the same command goes on", err=True)
     sys.exit(code if isinstance(code, int) else 0)

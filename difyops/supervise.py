@@ -221,8 +221,11 @@ class Supervisor:
         if problem is None and waited > service.ready_seconds:
             problem = f"{service.name} is not ready after {waited:.0f} s: {reason}"
         if problem:
-            local = service.process is not None
-            raise StepError(problem, log=log if local else None, tail=tail(log) if local else ())
+            if service.process is None:
+                raise StepError(
+                    problem, f"is it up, and is {service.address} in difyops.yaml its address?"
+                )
+            raise StepError(problem, log=log, tail=tail(log))
 
     def states(self, plan: Plan) -> list[State]:
         """Every service of the plan as it stands."""

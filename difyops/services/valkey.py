@@ -43,9 +43,7 @@ def declare(deployment: Deployment) -> Service:
     settings, paths = deployment.settings.redis, deployment.paths
     where = address(deployment)
     if settings.provider == "external":
-        return Service(
-            "valkey", address=f"{where.host}:{where.port}", ready=ready, ready_seconds=10
-        )
+        return Service("valkey", address=f"{where.host}:{where.port}", ready=ready, ready_seconds=5)
     configuration = text.render(
         "valkey.conf",
         port=settings.port,

@@ -95,7 +95,9 @@ def test_system_postgres_that_does_not_run_here(new, standin, workspace):
     for name in ("pg_ctl", "postgres", "initdb"):
         _script(workspace / "pg/bin" / name, "")
         (workspace / "pg/bin" / name).write_bytes(b"\x7fELF of another machine")
-    cli = new(postgres={"provider": "system", "bin": f"{workspace}/pg/bin"}, **without_model(standin))
+    cli = new(
+        postgres={"provider": "system", "bin": f"{workspace}/pg/bin"}, **without_model(standin)
+    )
     _refused(cli, "does not run here", "postgres.provider: wheel")
 
 
@@ -237,7 +239,7 @@ def test_external_postgres_that_cannot_be_reached(new, light, standin):
     result = cli("up", "--source")
     assert result.returncode in (1, 3)
     assert "refused" in result.stderr
-    assert "postgres.dsn" in result.stderr
+    assert "127.0.0.1:1/dify in difyops.yaml" in result.stderr
 
 
 # --- Valkey: system -------------------------------------------------------------------------------
