@@ -17,7 +17,7 @@ EMBEDDING = {"embedding": {"name": "minilm-l6"}}
 def test_index_that_does_not_answer(light, standin, way):
     (port,) = free_ports(1)
     closed = f"http://127.0.0.1:{port}/simple"
-    environment = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0"}
+    environment = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "1"}
     for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
         environment.pop(name, None)
     path = light.root / "difyops.yaml"

@@ -157,7 +157,22 @@ def test_check_sees_drift_and_writes_nothing(light):
 
 # --- paths ----------------------------------------------------------------------------------------
 
-ODD = 'it\'s 100% mine; #1 "äö"'
+ODD = "it's 100% mine;äö"
+
+
+def test_path_that_initdb_cannot_have(new, standin):
+    cli = new("$HOME", **without_model(standin))
+    result = cli("up", "--source")
+    assert result.returncode == 3
+    assert "'$' in the path" in result.stderr
+
+
+def test_path_that_supervisord_cannot_have(new, standin):
+    cli = new("Dify #1", **without_model(standin))
+    result = cli("up", "--source")
+    assert result.returncode in (2, 3)
+    assert "' #' cannot stand in the path" in result.stdout + result.stderr
+    assert not (cli.root / "opt").exists()
 
 
 @pytest.mark.parametrize("name", [ODD, "long/" + "n" * 60 + "/" + "m" * 60], ids=["odd", "long"])

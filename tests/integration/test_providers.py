@@ -43,9 +43,9 @@ def _debian(pgvector: bool) -> Path | None:
     """A Postgres of this machine that Dify could use, with or without pgvector."""
     for folder in sorted(pg_binaries.SYSTEM_HOMES.glob("*/bin")):
         extensions = Path("/usr/share/postgresql") / folder.parent.name / "extension"
-        if folder.parent.name in ("15", "16", "17") and (folder / "initdb").exists():
-            if (extensions / "vector.control").exists() == pgvector:
-                return folder
+        usable = folder.parent.name in ("15", "16", "17") and (folder / "initdb").exists()
+        if usable and (extensions / "vector.control").exists() == pgvector:
+            return folder
     return None
 
 
