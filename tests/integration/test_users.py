@@ -35,7 +35,7 @@ def _mode(path: Path) -> int:
 def _private(root: Path) -> None:
     """What holds a secret is for its user only; nothing is open to be written by others."""
     secret = [root / "secrets.env", root / "etc/valkey.conf", *(root / "etc").glob("*.env")]
-    assert len(secret) == 4
+    assert len(secret) >= 4
     for path in secret:
         assert _mode(path) == 0o600, path
     values = [load(root).secrets[name].reveal() for name in load(root).secrets.names()]
@@ -75,7 +75,7 @@ def test_root_gives_up_root(light):
     assert _mode(socket) == 0o700
     assert socket.stat().st_uid == 0
     done = subprocess.run(
-        [sys.executable.replace(sys.executable, "/usr/bin/env"), "cat", light.root / "secrets.env"],
+        ["/usr/bin/env", "cat", light.root / "secrets.env"],
         user=user.uid, group=user.gid, extra_groups=[], capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode != 0, "the services' user reads the secrets"
