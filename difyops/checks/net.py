@@ -20,16 +20,17 @@ def ports(deployment: Deployment) -> Finding:
     from difyops.supervise import Supervisor
 
     supervisor = Supervisor(deployment)
-    wanted = plan.build(deployment)
-    up = {s.name for s in supervisor.states(wanted) if s.state in ("running", "starting")}
-    mine = [s for s in wanted.services if s.process and s.port]
+    mine = [s for s in plan.build(deployment).services if s.process and s.port]
     for service in mine:
         port = service.port or 0
-        if service.name in up or is_free(port):
+        if is_free(port):
+            continue
+        pid = _listener(port)
+        if pid and supervisor.owns(pid):  # the service itself, or a left-over that `up` ends
             continue
         free = next((p for p in range(port + 1, port + 100) if is_free(p)), port + 1)
         return fail(
-            f"port {port}, for {service.name}, is taken{_holder(port)}",
+            f"port {port}, for {service.name}, is taken{_named(pid)}",
             f"stop it, or set {_KEYS[service.name]}: {free} in difyops.yaml",
         )
     return ok(", ".join(f"{s.name} {s.port}" for s in mine))
@@ -43,16 +44,26 @@ _KEYS = {
 }
 
 
-def _holder(port: int) -> str:
-    """` by NAME (pid N)`, where we may see it."""
+def _listener(port: int) -> int | None:
+    """The process that listens on a port; 0 where we may not see it, None where there is none."""
     import psutil
 
     try:
         for connection in psutil.net_connections("tcp"):
             if connection.laddr and connection.laddr[1] == port and connection.status == "LISTEN":
-                if connection.pid is None:
-                    return " by another user's process"
-                return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
+                return connection.pid or 0
     except psutil.Error:
         pass
-    return ""
+    return None
+
+
+def _named(pid: int | None) -> str:
+    """` by NAME (pid N)`, where we may see it."""
+    import psutil
+
+    if pid is None:
+        return ""
+    try:
+        return f" by {psutil.Process(pid).name()} (pid {pid})" if pid else " by another user"
+    except psutil.Error:
+        return ""
