@@ -57,7 +57,7 @@ def start(deployment: Deployment, services: Iterable[Service], progress: Progres
     supervisor.start()
     for name in supervisor.sync():
         progress.note(f"{name}: its configuration changed, restarting it")
-    for wave in waves(services):
+    for wave in supervise.waves(services):
         for service in wave:
             _run(deployment, service.prepare, progress)
         began = time.monotonic()
@@ -65,23 +65,6 @@ def start(deployment: Deployment, services: Iterable[Service], progress: Progres
         for service in wave:
             _await(service, supervisor, progress, began if service.name in launched else None)
             _run(deployment, service.finish, progress)
-
-
-def waves(services: Iterable[Service]) -> list[list[Service]]:
-    """Services in the order of their needs: those of one wave can start at the same time.
-
-    What a service needs and is not among `services` is taken to be up.
-    """
-    rest = list(services)
-    result = []
-    while rest:
-        waiting = {service.name for service in rest}
-        wave = [service for service in rest if not waiting.intersection(service.needs)]
-        if not wave:
-            raise ValueError(f"services need each other: {', '.join(sorted(waiting))}")
-        result.append(wave)
-        rest = [service for service in rest if service not in wave]
-    return result
 
 
 def _await(
@@ -135,11 +118,13 @@ def restart(deployment: Deployment, names: list[str], progress: Progress) -> Non
         raise DifyopsError(f"no service {unknown[0]!r} runs here", f"services: {', '.join(known)}")
     _tell(render.write(deployment, wanted), progress)
     supervisor = supervise.Supervisor(deployment)
-    chosen = [s for s in wanted.services if s.process and (not names or s.name in names)]
+    names = names or known
     if supervisor.running():
-        supervisor.sync()
-        for service in reversed(chosen):
-            supervisor.stop(service.name)
+        # A changed configuration stops its service: then that one is started again, too.
+        names = [*names, *supervisor.sync()]
+    chosen = [s for s in wanted.services if s.process and s.name in names]
+    if supervisor.running():
+        supervise.stop(supervisor, [s.name for s in reversed(chosen)], progress)
     start(deployment, chosen, progress)
 
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -188,11 +188,14 @@ class Supervisor:
             self._call("startProcess", name, False)
         return True
 
-    def stop(self, name: str) -> None:
-        """Stop a process and wait for its end."""
-        if self.info(name)["statename"] not in ("STOPPED", "EXITED", "FATAL"):
+    def stop(self, name: str, *, wait: bool = True) -> None:
+        """Stop a process, and wait for its end unless told not to."""
+        state = self.info(name)["statename"]
+        if state not in ("STOPPED", "EXITED", "FATAL", "STOPPING"):
             with contextlib.suppress(_fault()):
-                self._call("stopProcess", name, True)
+                self._call("stopProcess", name, wait)
+        while wait and self.info(name)["statename"] == "STOPPING":
+            time.sleep(0.05)
 
     def await_ready(self, service: Service, progress: Progress) -> str:
         """Wait until a service's probe is content. -> the probe's detail.
@@ -280,15 +283,41 @@ def stop_all(deployment: Deployment, plan: Plan, progress: Progress) -> None:
     supervisor = Supervisor(deployment)
     if supervisor.running():
         known = {info["name"] for info in supervisor._call("getAllProcessInfo")}
-        order = [s.name for s in reversed(plan.services) if s.name in known]
-        for name in [*(known - set(order)), *order]:
-            began = time.monotonic()
-            progress.started(name)
-            supervisor.stop(name)
-            progress.finished(name, "stopped", time.monotonic() - began)
+        planned = {service.name for service in plan.services}
+        stop(supervisor, sorted(known - planned), progress)
+        for wave in reversed(waves(plan.services)):
+            stop(supervisor, [s.name for s in reversed(wave) if s.name in known], progress)
         supervisor.shutdown()
     for pid in supervisor.reap():
         progress.note(f"ended a left-over process, pid {pid}")
+
+
+def stop(supervisor: Supervisor, names: Sequence[str], progress: Progress) -> None:
+    """Stop services at the same time and wait for each to end."""
+    began = time.monotonic()
+    for name in names:
+        supervisor.stop(name, wait=False)
+    for name in names:
+        progress.started(name)
+        supervisor.stop(name)
+        progress.finished(name, "stopped", time.monotonic() - began)
+
+
+def waves(services: Iterable[Service]) -> list[list[Service]]:
+    """Services in the order of their needs: those of one wave can start at the same time.
+
+    What a service needs and is not among `services` is taken to be up.
+    """
+    rest = list(services)
+    result = []
+    while rest:
+        waiting = {service.name for service in rest}
+        wave = [service for service in rest if not waiting.intersection(service.needs)]
+        if not wave:
+            raise ValueError(f"services need each other: {', '.join(sorted(waiting))}")
+        result.append(wave)
+        rest = [service for service in rest if service not in wave]
+    return result
 
 
 def _fault() -> type[Exception]:

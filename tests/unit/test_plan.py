@@ -181,19 +181,15 @@ def options(where: Path, content: str) -> Any:
 
 @pytest.mark.filterwarnings("ignore")  # supervisor's own, of root and of pkg_resources
 @pytest.mark.parametrize("root", ["/srv/dify", AWKWARD])
-def test_supervisor_reads_what_was_meant(tmp_path: Path, root: str) -> None:
-    wanted = deployment(root=Path(root).parent / Path(root).name)
+def test_supervisor_reads_what_was_meant(
+    tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = deployment(root=Path(root))
     content = next(f.text for f in plan.build(wanted).files if f.path.name == "supervisord.conf")
-    (tmp_path / "logs").mkdir()
-    # supervisor wants the folders of its logs to be there.
-    for escaped in (root.replace("%", "%%"),):
-        content = content.replace(f"{escaped}/logs", str(tmp_path / "logs"))
-        content = content.replace(f"{escaped}/run/supervis", str(tmp_path / "supervis"))
-    for service in plan.build(wanted).services:
-        assert service.process
-        content = content.replace(
-            f"directory={str(service.process.cwd).replace('%', '%%')}\n", f"directory={tmp_path}\n"
-        )
+    # Its paths are relative; it wants the folders of its logs and services to be there.
+    monkeypatch.chdir(tmp_path)
+    for folder in ("logs", "run", *re.findall(r"^directory=(.+)$", content, re.M)):
+        (tmp_path / folder.replace("%%", "%")).mkdir(parents=True, exist_ok=True)
     found = options(tmp_path / "supervisord.conf", content)
     programs = {c.name: c for group in found.process_group_configs for c in group.process_configs}
     for service in plan.build(wanted).services:
