@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import textwrap
 import time
@@ -35,7 +36,15 @@ def _console(stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     # Piped output is read by programs and logs: it is not cut to a terminal's width.
     width = None if stream.isatty() else 10_000
-    return Console(stderr=stderr, highlight=False, width=width, soft_wrap=True, emoji=False)
+    return Console(
+        stderr=stderr,
+        highlight=False,
+        width=width,
+        soft_wrap=True,
+        emoji=False,
+        # rich's own reading of NO_COLOR leaves bold and dim.
+        color_system=None if os.environ.get("NO_COLOR") else "auto",
+    )
 
 
 def emit(text: str) -> None:
@@ -197,7 +206,7 @@ def _finding(console: Console, topic: str, r: Result) -> None:
 
 def _folded(console: Console, text: str, indent: int) -> str:
     """On a terminal, lines of at most 100 columns below each other; elsewhere one line."""
-    text = " ".join(text.split())
+    text = " ".join(text.splitlines())
     width = min(console.width, WIDTH) - indent
     if not console.is_terminal or width < 20:
         return text

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from difyops import plan
 from difyops.core import Deployment
@@ -46,8 +46,8 @@ def listeners() -> list[Listener]:
     found = []
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr:
-            ip, port = tuple(connection.laddr)[:2]
-            found.append(Listener(str(ip), int(port), connection.pid))
+            address: Any = connection.laddr
+            found.append(Listener(address[0], address[1], connection.pid))
     return found
 
 

@@ -127,8 +127,8 @@ def hba(deployment: Deployment) -> Finding:
         ("service", where.user, where.database),
         ("service", where.user, where.vector_database),
     ]
-    if not _external(deployment):
-        roles.append(("superuser", postgres.SUPERUSER, "postgres"))  # `up` makes databases with it
+    if not _external(deployment):  # `up` makes roles and databases with it
+        roles.insert(0, ("superuser", postgres.SUPERUSER, "postgres"))
     for role, name, database in dict.fromkeys(roles):
         try:
             postgres.connect(deployment, role=role, database=database).close()
@@ -136,7 +136,7 @@ def hba(deployment: Deployment) -> Finding:
             said = _said(error)
             if any(word in said for word in _FULL):
                 return skip(f"out of connections: {said}")
-            return fail(f"{name}@{database}: {said}", _entry(deployment, said))
+            return fail(f"{name}@{database}: {said}", _entry(deployment, role, said))
     return ok(f"{', '.join(dict.fromkeys(name for _, name, _ in roles))} into their databases")
 
 
@@ -144,7 +144,7 @@ def _said(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].split("FATAL: ")[-1].strip()
 
 
-def _entry(deployment: Deployment, said: str) -> str:
+def _entry(deployment: Deployment, role: str, said: str) -> str:
     """What lets a refused role in."""
     where, path = postgres.address(deployment), quoted(deployment.secrets.path)
     if _external(deployment):
@@ -156,9 +156,11 @@ def _entry(deployment: Deployment, said: str) -> str:
             f"in that server's pg_hba.conf: host {where.database} {where.user} <this machine>/32 "
             "scram-sha-256; then there: SELECT pg_reload_conf();"
         )
-    if "password" in said:
+    if "password" in said and role == "superuser":
         return "difyops secrets apply"
-    return UP if "does not exist" in said else again(deployment, "postgres")
+    # Its own step mends Dify's role and databases, without stopping anything.
+    mended = "password" in said or "does not exist" in said
+    return UP if mended else again(deployment, "postgres")
 
 
 @check(
