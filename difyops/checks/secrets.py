@@ -98,7 +98,10 @@ def chars(deployment: Deployment) -> Finding:
 
 
 def _broken(deployment: Deployment) -> Iterator[tuple[str, str]]:
-    yield from _misread(deployment)
+    misread = list(_misread(deployment))
+    if misread:
+        yield from misread
+        return
     for name in deployment.secrets.names():
         value = deployment.secrets[name].reveal()
         if not _survives_env_file(name, value):
