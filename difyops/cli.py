@@ -369,10 +369,19 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         report.error(error)
         code = error.exit_code
+    except OSError as error:  # outside a step; a full disk, most often
+        from difyops import report
+
+        if "--debug" in given:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        report.error(DifyopsError(f"{error.strerror or error}{where}"))
+        code = EXIT_FAILED
     except _ClickError as error:
         error.show()
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("\ninterrupted; what was done is kept, the same command goes on", err=True)
         code = 130
+    if code == 130:  # Typer turns Ctrl-C into a plain exit with that code
+        typer.echo("\ninterrupted; what was done is kept, the same command goes on", err=True)
     sys.exit(code if isinstance(code, int) else 0)

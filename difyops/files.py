@@ -34,8 +34,10 @@ def write_atomic(
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(path)  # a write to a full disk does not say where
         raise
     sync_dir(path.parent)
 

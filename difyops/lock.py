@@ -38,6 +38,6 @@ def held(paths: Paths, command: str) -> Iterator[None]:
 
 def _who(holder: Path) -> str:
     try:
-        return holder.read_text()
+        return holder.read_text() or "another difyops is at work"
     except FileNotFoundError:
         return "another difyops is at work"

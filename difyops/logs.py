@@ -37,6 +37,7 @@ class _Follower:
         self.path = path
         self._file: TextIO | None = None
         self._inode = 0
+        self._partial = ""
         self._open(at_end=True)
 
     def _open(self, *, at_end: bool) -> None:
@@ -53,12 +54,19 @@ class _Follower:
             self._open(at_end=False)
         if self._file is None:
             return
-        for line in self._file:
-            yield line.rstrip("\n")
-        try:
-            rotated = self.path.stat().st_ino != self._inode
-        except FileNotFoundError:
-            rotated = False
+        # Asked before reading: what was written until the rotation is in the file that is open.
+        rotated = self._rotated()
+        for part in self._file:
+            self._partial += part
+            if part.endswith("\n"):
+                yield self._partial.rstrip("\n")
+                self._partial = ""
         if rotated:
             self._file.close()
-            self._open(at_end=False)
+            self._file = None
+
+    def _rotated(self) -> bool:
+        try:
+            return self.path.stat().st_ino != self._inode
+        except FileNotFoundError:
+            return False

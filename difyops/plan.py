@@ -62,7 +62,7 @@ def _supervisord(
         {
             "name": service.name,
             "command": _escaped(shlex.join(launcher(deployment, service, service.process))),
-            "directory": _escaped(str(service.process.cwd)),
+            "directory": _escaped(_relative(deployment, service.process.cwd)),
             "inputs": _inputs(service, service.process, files),
             "startsecs": 10 if service.ready_seconds > 60 else 2,
             "stop_signal": service.process.stop_signal,
@@ -73,9 +73,7 @@ def _supervisord(
     ]
     content = text.render(
         "supervisord.conf",
-        socket=_escaped(str(socket_path(deployment))),
-        logs=_escaped(str(deployment.paths.logs)),
-        pidfile=_escaped(str(deployment.paths.run / "supervisord.pid")),
+        socket=_escaped(_relative(deployment, socket_path(deployment))),
         user=deployment.user.name if deployment.user else None,
         programs=programs,
     )
@@ -118,5 +116,16 @@ def _inputs(service: Service, process: Process, files: tuple[File, ...]) -> str:
     return digest(process.inputs + "".join(f.text for f in files if f.path in own))
 
 
+def _relative(deployment: Deployment, path: Path) -> str:
+    """As seen from the deployment directory, where supervisord is at home. It expands some values
+    twice, so that no escaping would get a % in the path of the directory itself through."""
+    root = deployment.paths.root
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
 def _escaped(value: str) -> str:
-    return value.replace("%", "%%")  # supervisord expands %(name)s
+    """A value of supervisord.conf, which expands %(name)s and takes " #" for a comment's begin."""
+    for begin in (" #", " ;", "\n"):
+        if begin in value:
+            raise UsageError(f"{begin!r} cannot stand in the path of a deployment", "rename it")
+    return value.replace("%", "%%")

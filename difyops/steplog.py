@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -75,6 +76,7 @@ class StepLog:
                 user=user.uid if user else None,
                 group=user.gid if user else None,
                 extra_groups=[] if user else None,
+                preexec_fn=_end_with_parent,
             )
         except OSError as error:
             raise self.error(f"{name} could not be started: {error}", hint) from error
@@ -94,6 +96,15 @@ class StepLog:
     def error(self, message: str, hint: str | None = None) -> StepError:
         self._file.flush()
         return StepError(message, hint, log=self.path, tail=tail(self.path))
+
+
+_libc = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """Even when we are killed: another `up` must not meet a program still at work here."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _environment(user: User | None) -> dict[str, str]:

@@ -14,12 +14,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difyops import identity
 from difyops.core import Deployment, NotReady, Plan, Progress, Service
-from difyops.errors import PrerequisiteError, StepError
+from difyops.errors import DifyopsError, PrerequisiteError, StepError
 from difyops.files import tail
 from difyops.plan import MARKER, socket_path, starts_file
 
@@ -52,20 +51,21 @@ class Supervisor:
 
     # --- supervisord itself -----------------------------------------------------------------------
 
-    def _rpc(self) -> Any:
+    def _call(self, method: str, *arguments: object) -> Any:
         from xmlrpc.client import ServerProxy
 
         from supervisor.xmlrpc import SupervisorTransport
 
-        transport = SupervisorTransport(None, None, f"unix://{self.socket}")
-        return ServerProxy("http://127.0.0.1", transport=transport).supervisor
+        with contextlib.closing(SupervisorTransport(None, None, f"unix://{self.socket}")) as way:
+            server = ServerProxy("http://127.0.0.1", transport=way)
+            return getattr(server.supervisor, method)(*arguments)
 
     def running(self) -> bool:
         """Whether supervisord answers."""
         if not self.socket.exists():
             return False
         try:
-            return bool(self._rpc().getState()["statename"] == "RUNNING")
+            return bool(self._call("getState")["statename"] == "RUNNING")
         except (OSError, ConnectionError, ValueError):
             return False
         except Exception as error:  # xmlrpc has several kinds of "somebody else answered"
@@ -112,13 +112,14 @@ class Supervisor:
     def shutdown(self) -> None:
         """End supervisord (its services are stopped already) and wait until it is gone."""
         try:
-            pid = int(self._rpc().getPID())
-            self._rpc().shutdown()
+            pid = int(self._call("getPID"))
+            self._call("shutdown")
         except OSError:
             return
-        deadline = time.monotonic() + 30
-        while _alive(pid) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        import psutil
+
+        with contextlib.suppress(psutil.NoSuchProcess):
+            _after(30, [psutil.Process(pid)])
 
     def reap(self) -> list[str]:
         """End processes of this deployment that no supervisord owns. -> what was ended."""
@@ -130,11 +131,11 @@ class Supervisor:
                 # INT is Postgres' fast shutdown; the others end on TERM.
                 postgres = process.name() == "postgres"
                 process.send_signal(signal.SIGINT if postgres else signal.SIGTERM)
-        _, alive = psutil.wait_procs(left, timeout=20)
-        for process in alive:
+                process.send_signal(signal.SIGCONT)  # a stopped one would not hear it
+        for process in _after(20, left):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(alive, timeout=5)
+        _after(5, left)
         return sorted(f"{p.pid}" for p in left)
 
     def _strays(self) -> Iterator[psutil.Process]:
@@ -142,28 +143,41 @@ class Supervisor:
 
         me = os.getpid()
         for process in psutil.process_iter():
-            try:
-                ours = process.environ().get(MARKER) == str(self.deployment.paths.root)
-            except (psutil.Error, OSError):
-                continue
-            if ours and process.pid != me:
+            if process.pid != me and self._marked(process):
                 yield process
+
+    def _marked(self, process: psutil.Process) -> bool:
+        import psutil
+
+        try:
+            return process.environ().get(MARKER) == str(self.deployment.paths.root)
+        except (psutil.Error, OSError):
+            return False
+
+    def owns(self, pid: int) -> bool:
+        """Whether a process, or one that started it, is of this deployment."""
+        import psutil
+
+        try:
+            process = psutil.Process(pid)
+            return any(self._marked(p) for p in (process, *process.parents()))
+        except psutil.Error:
+            return False
 
     # --- services ---------------------------------------------------------------------------------
 
     def sync(self) -> list[str]:
         """Take over etc/supervisord.conf; what changed or went is stopped. -> what was stopped."""
-        rpc = self._rpc()
-        added, changed, removed = rpc.reloadConfig()[0]
+        added, changed, removed = self._call("reloadConfig")[0]
         for name in (*changed, *removed):
-            rpc.stopProcessGroup(name)
-            rpc.removeProcessGroup(name)
+            self._call("stopProcessGroup", name)
+            self._call("removeProcessGroup", name)
         for name in (*added, *changed):
-            rpc.addProcessGroup(name)
+            self._call("addProcessGroup", name)
         return [*changed, *removed]
 
     def info(self, name: str) -> dict[str, Any]:
-        return dict(self._rpc().getProcessInfo(name))
+        return dict(self._call("getProcessInfo", name))
 
     def launch(self, name: str) -> None:
         """Start a process if it is not running; its start count begins anew."""
@@ -171,13 +185,13 @@ class Supervisor:
             return
         starts_file(self.deployment, name).unlink(missing_ok=True)
         with contextlib.suppress(_fault()):  # it began or failed meanwhile: the state tells
-            self._rpc().startProcess(name, False)
+            self._call("startProcess", name, False)
 
     def stop(self, name: str) -> None:
         """Stop a process and wait for its end."""
         if self.info(name)["statename"] not in ("STOPPED", "EXITED", "FATAL"):
             with contextlib.suppress(_fault()):
-                self._rpc().stopProcess(name, True)
+                self._call("stopProcess", name, True)
 
     def bring_up(self, service: Service, progress: Progress) -> str:
         """Start one service and wait until its probe is content. -> the probe's detail.
@@ -207,15 +221,18 @@ class Supervisor:
         if problem is None and waited > service.ready_seconds:
             problem = f"{service.name} is not ready after {waited:.0f} s: {reason}"
         if problem:
-            local = service.process is not None
-            raise StepError(problem, log=log if local else None, tail=tail(log) if local else ())
+            if service.process is None:
+                raise StepError(
+                    problem, f"is it up, and is {service.address} in difyops.yaml its address?"
+                )
+            raise StepError(problem, log=log, tail=tail(log))
 
     def states(self, plan: Plan) -> list[State]:
         """Every service of the plan as it stands."""
         if not self.running():
             infos = {}
         else:
-            infos = {info["name"]: info for info in self._rpc().getAllProcessInfo()}
+            infos = {info["name"]: info for info in self._call("getAllProcessInfo")}
         return [self._state(service, infos.get(service.name)) for service in plan.services]
 
     def _state(self, service: Service, info: dict[str, Any] | None) -> State:
@@ -226,6 +243,8 @@ class Supervisor:
         state = str(info["statename"]).lower()
         if state not in ("running", "starting", "stopping"):
             return State(service.name, state, port=service.port)
+        if state == "starting" and self._ready(service):
+            state = "running"  # supervisord says so only seconds later, when it did not crash
         launches = len(tail(starts_file(self.deployment, service.name), 10_000))
         return State(
             service.name,
@@ -236,6 +255,12 @@ class Supervisor:
             restarts=max(0, launches - 1),
             port=service.port,
         )
+
+    def _ready(self, service: Service) -> bool:
+        try:
+            return service.ready is None or bool(service.ready(self.deployment))
+        except (NotReady, DifyopsError):
+            return False
 
 
 def make_folders(deployment: Deployment) -> None:
@@ -255,7 +280,7 @@ def stop_all(deployment: Deployment, plan: Plan, progress: Progress) -> None:
     """Stop every service, last started first, then supervisord; nothing is left behind."""
     supervisor = Supervisor(deployment)
     if supervisor.running():
-        known = {info["name"] for info in supervisor._rpc().getAllProcessInfo()}
+        known = {info["name"] for info in supervisor._call("getAllProcessInfo")}
         order = [s.name for s in reversed(plan.services) if s.name in known]
         for name in [*(known - set(order)), *order]:
             began = time.monotonic()
@@ -295,8 +320,22 @@ def _resident(process: psutil.Process) -> int:
         return 0
 
 
-def _alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+def _after(seconds: float, processes: list[psutil.Process]) -> list[psutil.Process]:
+    """The processes that have not ended within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while (alive := [p for p in processes if _alive(p)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return alive
+
+
+def _alive(process: psutil.Process) -> bool:
+    """Not a zombie either: in a container, process 1 may never collect it."""
+    import psutil
+
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _clean_environment() -> dict[str, str]:

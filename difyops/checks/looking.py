@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difyops import plan
 from difyops.core import Deployment
-from difyops.files import tail
 
 if TYPE_CHECKING:
     import psutil
@@ -66,29 +64,10 @@ def ours(deployment: Deployment) -> Iterator[tuple[psutil.Process, dict[str, str
 
 
 def is_ours(deployment: Deployment, pid: int | None) -> bool:
-    """Whether a process belongs to this deployment: by its environment, or, since Valkey writes its
-    title over that, by the record of what was started."""
-    import psutil
+    """Whether a process, or one that started it, belongs to this deployment."""
+    from difyops.supervise import Supervisor
 
-    if pid is None:
-        return False
-    with suppress(psutil.Error, OSError):
-        process = psutil.Process(pid)
-        if (pid, True) in {
-            (number, abs(process.create_time() - when) < 30)
-            for number, when in _started(deployment)
-        }:
-            return True
-        return process.environ().get(plan.MARKER) == str(deployment.paths.root)
-    return False
-
-
-def _started(deployment: Deployment) -> Iterator[tuple[int, float]]:
-    """(pid, time) of every start that is recorded; pids are used again, so both count."""
-    for path in deployment.paths.run.glob("*.starts"):
-        for line in tail(path):
-            when, number = line.split()
-            yield int(number), float(when)
+    return pid is not None and Supervisor(deployment).owns(pid)
 
 
 def again(deployment: Deployment, service: str) -> str:

