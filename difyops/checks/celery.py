@@ -26,10 +26,20 @@ class Workers:
 
 def _workers(deployment: Deployment) -> Workers | None:
     """None: no worker answers, and none of this deployment runs."""
-    if said := worker.active_queues(deployment):
+    if _may_answer(deployment) and (said := worker.active_queues(deployment)):
         return Workers(frozenset(said), True)
     running = [queues for process, _ in ours(deployment) if (queues := _queues(process.cmdline()))]
     return Workers(frozenset().union(*running), False) if running else None
+
+
+def _may_answer(deployment: Deployment) -> bool:
+    """Whether it is worth asking: waiting for nobody takes seconds."""
+    import redis
+
+    try:
+        return worker.connections(deployment) > 0
+    except redis.ResponseError:  # a server of somebody else's that does not let us look
+        return True
 
 
 def _queues(command: list[str]) -> set[str]:

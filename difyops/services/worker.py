@@ -32,6 +32,14 @@ def consumers(deployment: Deployment) -> int:
     )
 
 
+def connections(deployment: Deployment) -> int:
+    """How many clients the broker's database has besides us: without any there is no worker."""
+    with valkey.client(deployment, valkey.BROKER_DB) as session:
+        me = session.client_id()
+        listed = session.client_list()
+    return sum(1 for c in listed if c["db"] == str(valkey.BROKER_DB) and int(c["id"]) != me)
+
+
 def ready(deployment: Deployment) -> str:
     import redis
 
