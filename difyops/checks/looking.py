@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,10 +65,26 @@ def ours(deployment: Deployment) -> Iterator[tuple[psutil.Process, dict[str, str
 
 
 def is_ours(deployment: Deployment, pid: int | None) -> bool:
-    """Whether a process, or one that started it, belongs to this deployment."""
+    """Whether a process belongs to this deployment: by its environment, or that of one that started
+    it; or, since a server may write its title over that, because supervisord runs it."""
     from difyops.supervise import Supervisor
 
-    return pid is not None and Supervisor(deployment).owns(pid)
+    supervisor = Supervisor(deployment)
+    return pid is not None and (supervisor.owns(pid) or pid in _supervised(deployment))
+
+
+def _supervised(deployment: Deployment) -> set[int]:
+    from xmlrpc.client import Fault
+
+    from difyops.supervise import Supervisor
+
+    supervisor = Supervisor(deployment)
+    pids = set()
+    if supervisor.running():
+        for service in plan.build(deployment).services:
+            with suppress(Fault):  # it is new, and supervisord does not know it yet
+                pids.add(int(supervisor.info(service.name)["pid"]))
+    return pids
 
 
 def again(deployment: Deployment, service: str) -> str:

@@ -17,6 +17,7 @@ from difyops import files, secrets, text
 from difyops.checks import host
 from difyops.core import User
 from difyops.services import valkey
+from difyops.supervise import Supervisor
 from tests.integration.conftest import free_ports, needs_root
 from tests.integration.examine import examine, paste, set_to, with_secrets
 from tests.integration.test_checks_services import poll, serve
@@ -288,6 +289,11 @@ def test_net_ports_does_not_mind_what_is_ours(stack, fresh):
     # The same process is in the way of another deployment.
     with serve("class Handler(BaseHTTPRequestHandler): pass") as port:
         assert examine(set_to(fresh, model={"port": port}), "net.ports").status == "fail"
+
+
+def test_net_ports_knows_a_server_that_wrote_over_its_environment(stack, monkeypatch):
+    monkeypatch.setattr(Supervisor, "owns", lambda self, pid: False)
+    assert examine(stack, "net.ports").status == "ok"
 
 
 def test_net_ports_below_1024(fresh):
