@@ -6,13 +6,20 @@ evidence. `preflight` checks also run before `up`, when nothing is running yet, 
 
 from __future__ import annotations
 
+import difflib
+import re
+import shlex
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote, urlsplit
 
 from difyops.core import Deployment
 from difyops.errors import DifyopsError, UsageError
+from difyops.secrets import REDACTED
 
 Status = Literal["ok", "warn", "fail", "skip"]
 JSON_VERSION = 1
@@ -46,9 +53,14 @@ class Check:
     look: Callable[[Deployment], Finding]
     why: str  # why it matters, in a line
     needs: tuple[str, ...] = ()
-    upstream: tuple[str, ...] = ()  # issues of the upstream project it comes from
+    upstream: tuple[str, ...] = ()  # issues it comes from: dify#123, vllm#45
     preflight: bool = False
     dify: bool = False  # only where Dify is part of the deployment
+    answers: tuple[Status, ...] = ("fail",)  # what it may say besides ok and skip
+
+    @property
+    def topic(self) -> str:
+        return self.id.split(".")[0]
 
 
 def ok(evidence: str) -> Finding:
@@ -83,11 +95,14 @@ class Registry:
         upstream: Iterable[str] = (),
         preflight: bool = False,
         dify: bool = False,
+        answers: tuple[Status, ...] = ("fail",),
     ) -> Callable[[Callable[[Deployment], Finding]], Callable[[Deployment], Finding]]:
         def register(look: Callable[[Deployment], Finding]) -> Callable[[Deployment], Finding]:
             if any(known.id == id for known in self.checks):
                 raise ValueError(f"two checks are called {id}")
-            self.checks.append(Check(id, look, why, tuple(needs), tuple(upstream), preflight, dify))
+            self.checks.append(
+                Check(id, look, why, tuple(needs), tuple(upstream), preflight, dify, answers)
+            )
             return look
 
         return register
@@ -139,11 +154,15 @@ def select(checks: Sequence[Check], only: Sequence[str]) -> list[Check]:
 
     Raises UsageError for a name that no check has.
     """
-    known = {check.id for check in checks} | {check.id.split(".")[0] for check in checks}
+    known = {check.id for check in checks} | {check.topic for check in checks}
     for name in only:
         if name not in known:
-            raise UsageError(f"no check is called {name!r}", f"checks: {', '.join(sorted(known))}")
-    chosen = {c.id for c in checks if c.id in only or c.id.split(".")[0] in only}
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean `{near[0]}`? " if near else ""
+            raise UsageError(
+                f"no check is called {name!r}", f"{hint}checks: {', '.join(sorted(known))}"
+            )
+    chosen = {check.id for check in checks if check.id in only or check.topic in only}
     for check in reversed(checks):
         if check.id in chosen:
             chosen.update(check.needs)
@@ -158,6 +177,7 @@ def run(
     """Run the checks in order. `tell` hears the ID of each before it runs."""
     began = time.monotonic()
     results: dict[str, Result] = {}
+    redact = _redactor(deployment)
     for check in checks:
         tell(check.id)
         started = time.monotonic()
@@ -165,9 +185,9 @@ def run(
         results[check.id] = Result(
             id=check.id,
             status=finding.status,
-            evidence=finding.evidence,
+            evidence=redact(finding.evidence),
             why=check.why,
-            fix=finding.fix,
+            fix=redact(_here(finding.fix, deployment.paths.root)) if finding.fix else None,
             upstream=check.upstream,
             seconds=time.monotonic() - started,
         )
@@ -185,4 +205,43 @@ def _look(deployment: Deployment, check: Check, results: dict[str, Result]) -> F
     except DifyopsError as error:
         return fail(error.message, error.hint or "difyops logs")
     except Exception as error:  # one broken check must not hide the others
-        return fail(f"could not be checked: {type(error).__name__}: {error}", "difyops logs")
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"{type(error).__name__}: {error}".strip().rstrip(":")
+        return fail(
+            f"could not be checked: {said} ({Path(frame.filename).name}:{frame.lineno})",
+            f"a fault of this check; please report: difyops doctor --json --only {check.id}",
+        )
+
+
+_COMMAND = re.compile(r"\bdifyops (?=(?:up|down|restart|status|logs|render|wire|doctor|secrets)\b)")
+
+
+def _here(fix: str, root: Path) -> str:
+    """The commands of a fix as they can be pasted where doctor was run."""
+    if root == Path.cwd():
+        return fix
+    return _COMMAND.sub(lambda match: f"difyops -C {shlex.quote(str(root))} ", fix)
+
+
+#: Names in dify.env whose values are credentials.
+CREDENTIAL = re.compile(r"(PASSWORD|SECRET|TOKEN|APIKEY|_KEY|_KEYS)$")
+
+
+def _redactor(deployment: Deployment) -> Callable[[str], str]:
+    """What takes every secret out of a text: libraries write the messages that checks pass on."""
+    values = {deployment.secrets[name].reveal() for name in deployment.secrets.names()}
+    for name, value in deployment.settings.dify.env.items():
+        if CREDENTIAL.search(name):
+            values.add(value)
+        elif "@" in value and "://" in value:
+            values.add(urlsplit(value).password or "")
+    values |= {quote(value, safe="") for value in values}
+    # A shorter one, "dify" say, is also an ordinary word; secrets.default tells about it.
+    hidden = sorted((value for value in values if len(value) >= 6), key=len, reverse=True)
+
+    def redact(text: str) -> str:
+        for value in hidden:
+            text = text.replace(value, REDACTED)
+        return text
+
+    return redact

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from difyops.bringup import BroughtUp
-    from difyops.doctor import Report
+    from difyops.doctor import Report, Result
     from difyops.render import Rendered
     from difyops.supervise import State
     from difyops.wire import WireReport
@@ -223,13 +224,29 @@ def doctor(report: Report, *, stderr: bool = False) -> None:
             _line(console, topic, "ok", said)
         for r in mine:
             if r.status in ("warn", "fail"):
-                _line(console, topic, r.status, f"{r.id}  {r.evidence}")
-                for label, value in (("why", r.why), ("fix", r.fix)):
-                    if value:
-                        console.print(f"{'':<16} {label}: {value}", markup=False)
+                _finding(console, topic, r)
     for reason, names in skipped.items():
         _line(console, "", "skip", f"{', '.join(names)}: {reason}")
     console.print(report.summary(), markup=False)
+
+
+def _finding(console: Console, topic: str, r: Result) -> None:
+    _line(console, topic, r.status, f"{r.id}  {r.evidence}")
+    why = f"{r.why} ({', '.join(r.upstream)})" if r.upstream else r.why
+    if why:
+        console.print(f"{'':<17}why: {_folded(console, why, 22)}", markup=False)
+    # On one line, however long: a command that is folded cannot be pasted.
+    console.print(f"{'':<17}fix: {r.fix}", markup=False)
+
+
+def _folded(console: Console, text: str, indent: int) -> str:
+    """On a terminal, lines of at most 100 columns below each other; elsewhere one line."""
+    text = " ".join(text.splitlines())
+    width = min(console.width, WIDTH) - indent
+    if not console.is_terminal or width < 20:
+        return text
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    return f"\n{'':<{indent}}".join(lines)
 
 
 def _reasons(report: Report) -> dict[str, list[str]]:
@@ -245,7 +262,7 @@ def _line(console: Console, topic: str, status: str, text: str) -> None:
     word = status.upper() if status in ("fail", "warn") else status
     console.print(f"{topic:<11}", end="", markup=False)
     console.print(f"{word:<5}", end=" ", style=_STYLES[status])
-    console.print(text, markup=False)
+    console.print(_folded(console, text, 17), markup=False)
 
 
 def preflight(report: Report) -> None:
@@ -259,8 +276,7 @@ def preflight(report: Report) -> None:
         markup=False,
     )
     for r in findings:
-        _line(console, r.id.split(".")[0], r.status, f"{r.id}  {r.evidence}")
-        console.print(f"{'':<16} fix: {r.fix}", markup=False)
+        _finding(console, r.id.split(".")[0], r)
 
 
 def brought_up(result: BroughtUp) -> None:

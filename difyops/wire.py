@@ -208,15 +208,20 @@ def ensure_account(console: Console, target: WireTarget) -> Change:
                 "this Dify has INIT_PASSWORD set: enter it once at /init"
             ) from None
         change = "created"
+    log_in(console, target.admin_email, target.admin_password)
+    return change
+
+
+def log_in(console: Console, email: str, password: Secret) -> None:
+    """Log in, once. Raises DifyApiError with the remedy when Dify refuses."""
     try:
-        console.login(target.admin_email, target.admin_password)
+        console.login(email, password)
     except DifyApiError as error:
-        hint = _LOGIN_HINTS.get(error.code, "").format(email=target.admin_email) or error.hint
+        hint = _LOGIN_HINTS.get(error.code, "").format(email=email) or error.hint
         message: str | None = None
         if error.code == "email_or_password_mismatch":
-            message = f"Dify has the account {target.admin_email} with another password"
+            message = f"Dify has the account {email} with another password"
         raise error.explained(hint, message) from None
-    return change
 
 
 _LOGIN_HINTS = {

@@ -12,7 +12,7 @@ check = Registry()
 @check(
     "chat.end-to-end",
     why="everything can be green, and the chat fails",
-    needs=("api.health", "model.chat", "pg.hba", "redis.up"),
+    needs=("api.login", "model.chat", "pg.hba", "redis.up"),
     dify=True,
 )
 def end_to_end(deployment: Deployment) -> Finding:

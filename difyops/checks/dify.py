@@ -1,20 +1,28 @@
-"""Dify itself: its API, migrations, worker and queues."""
+"""Dify itself: its code, API, URLs and tables, and the model as its API sees it."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import hmac
 import json
+import os
+import time
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from difyops import checkout, dify_source, dify_tree, releases
+from difyops.checks.looking import UP, is_ours, ours, quoted
 from difyops.core import Deployment, NotReady
-from difyops.doctor import Finding, Registry, fail, ok, warn
-from difyops.services import api, valkey, worker
+from difyops.doctor import Finding, Registry, fail, ok, skip, warn
+from difyops.errors import UsageError
+from difyops.services import api, postgres
 from difyops.services import model as models
 
-check = Registry()
+if TYPE_CHECKING:
+    import requests
 
-#: Tasks that wait in a queue before it counts as stuck, when nobody takes them.
-WAITING = 1
+check = Registry()
 
 
 @check(
@@ -28,6 +36,11 @@ def source(deployment: Deployment) -> Finding:
     version = deployment.release.version
     present = checkout.checkout_done(deployment)
     if present:
+        tree = deployment.paths.source(version)
+        try:
+            dify_tree.require(tree, str(tree))
+        except UsageError as error:
+            return fail(error.message, f"rm -r {quoted(tree)} && {UP}")
         return ok(present)
     wanted = dify_source.parse(deployment.source or version, deployment.paths.root)
     found = checkout.peek(wanted)
@@ -43,7 +56,7 @@ def source(deployment: Deployment) -> Finding:
     if mirror is None:
         return fail(
             f"no repository of Dify answers: {', '.join(deployment.settings.mirrors.git)}",
-            "difyops up --source --dify <directory | tarball>, or set mirrors.git",
+            f"{UP} --dify <directory | tarball>, or set mirrors.git",
         )
     return ok(f"dify {version} from {mirror}")
 
@@ -53,210 +66,235 @@ def health(deployment: Deployment) -> Finding:
     try:
         return ok(api.ready(deployment))
     except NotReady as reason:
-        return fail(str(reason), "difyops logs api; then: difyops up --source")
+        return fail(str(reason), f"{UP}; if it ends again: difyops logs api")
 
 
 @check(
     "net.urls",
     why="links, webhooks and file URLs are made from the base URL",
-    upstream=("14232", "28534", "16309"),
-    needs=("api.health",),
+    upstream=("dify#14232", "dify#28534", "dify#16309"),
+    needs=("api.health", "pg.hba"),
     dify=True,
+    answers=("fail", "warn"),
 )
 def urls(deployment: Deployment) -> Finding:
-    """The base URL reaches this very API, and the files' URLs are made from it."""
-    import requests
-
+    """The base URL leads to this very API, a signed file comes back through it, and what runs was
+    started with it."""
     base = deployment.settings.dify.url
-    parts = urlsplit(base)
-    if parts.path not in ("", "/"):
+    if urlsplit(base).path not in ("", "/"):
         return fail(
-            f"{base} has a path; Dify's API answers at the root", "remove it: dify.base_url"
+            f"{base} has a path; Dify's API answers at the root",
+            f"remove the path from dify.base_url in difyops.yaml, then: {UP}",
         )
-    try:
-        answer = requests.get(f"{base}/health", timeout=5)
-        pid = answer.json().get("pid")
-    except (requests.RequestException, ValueError) as error:
-        return fail(
-            f"{base}/health: {type(error).__name__}",
-            f"set dify.base_url to a URL that reaches port {deployment.settings.dify.port}",
-        )
-    if pid not in _api_pids(deployment):
-        return fail(f"{base} is answered by another API (pid {pid})", "set dify.base_url")
-    overridden = sorted(k for k in deployment.settings.dify.env if k.endswith("_URL"))
-    if overridden:
+    wrong = _other_api(deployment, base) or _lost_file(deployment)
+    if wrong:
+        return fail(wrong, f"set dify.base_url to a URL that reaches this API, then: {UP}")
+    wanted = api.environment(deployment)
+    for process, environment in ours(deployment):
+        for name in _URLS:
+            if name in environment and environment[name] != wanted.get(name):
+                return fail(
+                    f"what runs (pid {process.pid}) has {name}={environment[name]}, "
+                    f"difyops.yaml says {wanted.get(name)}",
+                    UP,
+                )
+    apart = sorted(
+        name
+        for name, value in deployment.settings.dify.env.items()
+        if name in _URLS and value.rstrip("/") != base
+    )
+    if apart:
         return warn(
-            f"dify.env sets {', '.join(overridden)} apart from the base URL",
-            "remove them from dify.env in difyops.yaml, unless you mean it",
+            f"dify.env sets {', '.join(apart)} apart from the base URL {base}",
+            f"remove them from dify.env in difyops.yaml unless you mean it, then: {UP}",
         )
     return ok(base)
 
 
-def _api_pids(deployment: Deployment) -> set[int]:
-    import psutil
+_URLS = ("CONSOLE_API_URL", "CONSOLE_WEB_URL", "SERVICE_API_URL", "APP_WEB_URL", "FILES_URL")
 
-    from difyops.supervise import Supervisor
 
-    pid = int(Supervisor(deployment).info("api")["pid"])
-    return {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
+def _get(url: str) -> requests.Response:
+    import requests
+
+    with requests.Session() as session:
+        # A proxy of our shell is not on the way of a browser to this machine.
+        session.trust_env = urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
+        return session.get(url, timeout=5, allow_redirects=False)
+
+
+def _other_api(deployment: Deployment, base: str) -> str | None:
+    """What answers at the base URL, if it is not our API."""
+    import requests
+
+    try:
+        said = _json(_get(f"{base}/health"))
+        if "pid" in said:
+            if is_ours(deployment, int(said["pid"])):
+                return None
+            return f"{base} is answered by another API (pid {said['pid']})"
+        # A front end that hands on only what Dify's own gateway does.
+        if _json(_get(f"{base}/v1/")).get("server_version") == deployment.release.version:
+            return None
+    except requests.RequestException as error:
+        return f"{base} does not answer: {type(error).__name__}"
+    return f"{base} is answered by something else than dify {deployment.release.version}"
+
+
+def _json(answer: requests.Response) -> dict[str, Any]:
+    try:
+        body = answer.json()
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _lost_file(deployment: Deployment) -> str | None:
+    """Why an uploaded file does not come back through its signed URL; None also without one."""
+    import psycopg
+    import requests
+
+    try:
+        with postgres.connect(deployment) as session:
+            row = session.execute(
+                "select id::text from upload_files order by created_at desc limit 1"
+            ).fetchone()
+    except psycopg.errors.UndefinedTable:
+        return None  # db.migrated tells
+    if row is None:
+        return None
+    files = str(api.environment(deployment)["FILES_URL"])
+    secret = api.environment(deployment)["SECRET_KEY"]
+    key = secret if isinstance(secret, str) else secret.reveal()
+    try:
+        answer = _get(f"{files}{signed(row[0], key)}")
+    except requests.RequestException as error:
+        return f"{files} does not answer: {type(error).__name__}"
+    if answer.status_code == 200:
+        return None
+    return f"{files} answers {answer.status_code} to the signed URL of an uploaded file"
+
+
+def signed(file: str, key: str) -> str:
+    """The path of an uploaded file, signed as Dify 0.15 does."""
+    now, nonce = str(int(time.time())), os.urandom(16).hex()
+    text = f"file-preview|{file}|{now}|{nonce}"
+    sign = hmac.new(key.encode(), text.encode(), hashlib.sha256).digest()
+    query = f"timestamp={now}&nonce={nonce}&sign={base64.urlsafe_b64encode(sign).decode()}"
+    return f"/files/{file}/file-preview?{query}"
 
 
 @check(
     "db.migrated",
     why="code and tables of different releases fail in odd places",
-    upstream=("32021", "32297"),
+    upstream=("dify#32021", "dify#32297"),
     needs=("pg.hba",),
     dify=True,
 )
 def migrated(deployment: Deployment) -> Finding:
-    head = dify_tree.migration_head(deployment.paths.source(deployment.release.version))
-    current = api.database_revision(deployment)
-    if current != head:
+    import psycopg
+
+    if deployment.facts.checkout is None:
+        return skip("there is no Dify code here yet, which names the newest migration")
+    tree = deployment.paths.source(deployment.release.version)
+    head = dify_tree.migration_head(tree)
+    try:
+        with postgres.connect(deployment) as session:
+            rows = session.execute("select version_num from alembic_version").fetchall()
+    except psycopg.errors.UndefinedTable:
+        rows = []
+    at = sorted(row[0] for row in rows)
+    if at == [head]:
+        return ok(f"at head {head}")
+    strange = [revision for revision in at if not dify_tree.knows_migration(tree, revision)]
+    if strange:
         return fail(
-            f"the database is at {current or 'no revision'}, the code at {head}",
-            "difyops up --source",
+            f"the database is at {strange[0]}, which dify {deployment.release.version} does not "
+            "know: a newer release migrated it",
+            f"set dify.version to that release in difyops.yaml, then: {UP}",
         )
-    return ok(f"at head {head}")
-
-
-@check(
-    "celery.queues",
-    why="tasks on a queue that no worker takes wait forever",
-    upstream=("27769",),
-    needs=("redis.up",),
-    dify=True,
-)
-def queues(deployment: Deployment) -> Finding:
-    """Ask the running workers which queues they take; compare with the release's own list."""
-    taken = worker.active_queues(deployment)
-    if not taken:
-        return fail("no worker answers", "difyops restart worker; difyops logs worker")
-    missing = [queue for queue in deployment.facts.queues if queue not in taken]
-    if missing:
-        return fail(
-            f"worker does not take: {', '.join(missing)}",
-            "difyops render && difyops restart worker",
-        )
-    return ok(", ".join(deployment.facts.queues))
-
-
-@check(
-    "celery.stuck",
-    why="indexing and deletions wait behind a worker that does not work",
-    upstream=("28513",),
-    needs=("redis.up",),
-    dify=True,
-)
-def stuck(deployment: Deployment) -> Finding:
-    broker = valkey.client(deployment, valkey.BROKER_DB)
-    waiting = {queue: int(broker.llen(queue)) for queue in deployment.facts.queues}
-    total = sum(waiting.values())
-    consumers = worker.consumers(deployment)
-    longest = ", ".join(f"{queue} {count}" for queue, count in waiting.items() if count)
-    if total >= WAITING and not consumers:
-        return fail(f"waiting with no worker: {longest}", "difyops restart worker")
-    if total > 100:
-        return warn(f"waiting: {longest}", "difyops logs worker; is a task slow or failing?")
-    return ok(f"{total} waiting, {consumers} consumer{'s' if consumers != 1 else ''}")
+    return fail(f"the database is at {', '.join(at) or 'no revision'}, the code at {head}", UP)
 
 
 @check(
     "model.from-caller",
     why="what counts is whether Dify reaches the model, not whether we do",
-    upstream=("17664", "14782"),
+    upstream=("dify#17664", "dify#14782"),
     needs=("model.up",),
     dify=True,
 )
 def from_caller(deployment: Deployment) -> Finding:
-    """Ask with the API's own interpreter, environment and HTTP library."""
+    """Ask with the API's own interpreter, environment, user and HTTP library."""
     import subprocess
 
-    process = api.process(deployment, "python", "-c", _ASK, models.llm_url(deployment))
-    key = models.llm_key(deployment)
-    done = subprocess.run(
-        process.argv,
-        env={**process.plain_env(), "DIFYOPS_PROBE_KEY": key.reveal() if key else ""},
-        cwd=process.cwd,
-        user=deployment.user.uid if deployment.user else None,
-        group=deployment.user.gid if deployment.user else None,
-        extra_groups=[] if deployment.user else None,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    version = deployment.release.version
+    if not deployment.paths.dify_python(version).exists():
+        return skip("Dify's Python environment is not installed yet")
+    asked = {models.llm_url(deployment): deployment.settings.model.name}
+    keys = {models.llm_url(deployment): models.llm_key(deployment)}
+    url = models.embedding_url(deployment)
+    if url and url not in asked and deployment.settings.embedding:
+        asked[url] = deployment.settings.embedding.name
+        keys[url] = models.embedding_key(deployment)
+    process = api.process(deployment, "python", "-c", _ASK, *asked)
+    probe = {
+        "DIFYOPS_PROBE_KEYS": json.dumps({u: k.reveal() if k else "" for u, k in keys.items()})
+    }
     try:
-        answer = json.loads(done.stdout)
+        done = subprocess.run(
+            process.argv,
+            env={**process.plain_env(), **probe},
+            cwd=process.cwd,
+            user=deployment.user.uid if deployment.user else None,
+            group=deployment.user.gid if deployment.user else None,
+            extra_groups=[] if deployment.user else None,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        answers = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        return fail("the API's Python did not answer within 30 s", "difyops logs api")
+    except OSError as error:
+        return fail(f"the API's Python cannot be started: {error.strerror}", UP)
     except ValueError:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return fail(f"the API's Python could not ask: {last}", "difyops up --source")
-    if "error" in answer:
-        return fail(
-            f"from the API's environment, {models.llm_url(deployment)}: {answer['error']}",
-            "look at model.url and the proxy variables in dify.env (difyops.yaml)",
-        )
-    if deployment.settings.model.name not in answer["models"]:
-        return fail(f"it has only {', '.join(answer['models'])}", "set model.name in difyops.yaml")
-    return ok(f"{models.llm_url(deployment)} from the API's environment")
+        tree = quoted(deployment.paths.dify_python(version).parents[1])
+        return fail(f"the API's Python cannot ask: {last}", f"rm -r {tree} && {UP}")
+    for url, name in asked.items():
+        answer = answers[url]
+        if "error" in answer:
+            return fail(f"from the API's environment, {url}: {answer['error']}", _way(deployment))
+        if name not in answer["models"]:
+            return fail(
+                f"{url} has {', '.join(answer['models']) or 'no model'}, not {name}",
+                f"set its name in difyops.yaml, then: {UP}",
+            )
+    return ok(f"{', '.join(asked)} from the API's environment")
+
+
+def _way(deployment: Deployment) -> str:
+    proxies = sorted(k for k in deployment.settings.dify.env if k.lower().endswith("_proxy"))
+    if proxies:
+        return f"remove {', '.join(proxies)} from dify.env in difyops.yaml, then: {UP}"
+    return f"see model.url in difyops.yaml and the firewall; then: {UP}"
 
 
 _ASK = """
 import json, os, sys, requests
-key = os.environ.get("DIFYOPS_PROBE_KEY")
-try:
-    answer = requests.get(
-        sys.argv[1] + "/models",
-        headers={"Authorization": "Bearer " + key} if key else {},
-        timeout=10,
-    )
-    answer.raise_for_status()
-    print(json.dumps({"models": [m["id"] for m in answer.json()["data"]]}))
-except Exception as error:
-    print(json.dumps({"error": f"{type(error).__name__}: {error}"[:300]}))
-"""
-
-
-@check(
-    "model.context",
-    why="long prompts are cut, or refused, when Dify believes in more context than there is",
-    upstream=("20409", "1750"),
-    needs=("model.up", "api.health"),
-    dify=True,
-)
-def context(deployment: Deployment) -> Finding:
-    from difyops import proof
-
-    wanted = proof.target(deployment).llm
-    stored = proof.stored_credentials(deployment)
-    if stored is None:
-        return fail(f"{wanted.name} is not registered in Dify", "difyops wire")
-    believed = int(stored.get("context_size") or 0)
-    if believed > wanted.context:
-        return fail(
-            f"Dify believes {believed} tokens, the server has {wanted.context}", "difyops wire"
+keys = json.loads(os.environ["DIFYOPS_PROBE_KEYS"])
+found = {}
+for url in sys.argv[1:]:
+    try:
+        answer = requests.get(
+            url + "/models",
+            headers={"Authorization": "Bearer " + keys[url]} if keys[url] else {},
+            timeout=10,
         )
-    if believed < wanted.context:
-        return warn(f"Dify uses {believed} of the server's {wanted.context} tokens", "difyops wire")
-    return ok(f"{believed} tokens, as the server has")
-
-
-@check(
-    "model.tools",
-    why="an agent with a model that cannot call tools answers nonsense",
-    upstream=("16005",),
-    needs=("model.up", "api.health"),
-    dify=True,
-)
-def tools(deployment: Deployment) -> Finding:
-    """What Dify was told, against what the model does when it is asked to call a tool."""
-    from difyops import proof
-
-    stored = proof.stored_credentials(deployment)
-    if stored is None:
-        return fail("the model is not registered in Dify", "difyops wire")
-    told = stored.get("function_calling_type", "no_call") != "no_call"
-    if not told:
-        return ok("registered without tools: Dify prompts agents in ReAct style")
-    if not proof.calls_tools(deployment):
-        return fail("registered with tools, but a request for a call brought none", "difyops wire")
-    return ok("calls tools")
+        answer.raise_for_status()
+        found[url] = {"models": [m["id"] for m in answer.json()["data"]]}
+    except Exception as error:
+        found[url] = {"error": f"{type(error).__name__}: {error}"[:300]}
+print(json.dumps(found))
+"""

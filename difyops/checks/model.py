@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 from urllib.parse import urlsplit
 
+from difyops.checks.looking import UP, again, is_ours, listeners
 from difyops.core import Deployment, NotReady
 from difyops.doctor import Finding, Registry, fail, ok, skip
+from difyops.errors import DifyopsError
 from difyops.services import model
 
 check = Registry()
-
-_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 
 
 @check("model.up", why="Dify has nothing to answer from without its model")
@@ -20,70 +21,82 @@ def up(deployment: Deployment) -> Finding:
             model.ready(deployment)
         return ok(model.ready_elsewhere(deployment))
     except NotReady as reason:
-        return fail(str(reason), "difyops logs model; then: difyops up --source")
+        if deployment.settings.model.backend == "external":
+            return fail(str(reason), f"curl -sS {model.llm_url(deployment)}/models; then: {UP}")
+        return fail(str(reason), f"{UP}; if it ends again: difyops logs model")
 
 
 @check(
     "model.proxy",
     why="an HTTP proxy cannot reach a model on this machine or in your network",
-    upstream=("14070",),
+    upstream=("dify#14070",),
 )
 def proxy(deployment: Deployment) -> Finding:
-    environment = deployment.settings.dify.env
-    used = sorted(name for name in _PROXIES if environment.get(name))
-    if not used:
-        return ok("no proxy in dify.env")
-    urls = [model.llm_url(deployment), model.embedding_url(deployment)]
-    hosts = sorted({urlsplit(url).hostname or "" for url in urls if url})
-    for name in ("NO_PROXY", "no_proxy"):
-        if name not in environment:
-            continue  # then it is ours, which covers them
-        listed = [part.strip().lstrip(".") for part in environment[name].split(",")]
-        open_hosts = [
-            h for h in hosts if not any(h == p or h.endswith(f".{p}") for p in listed if p)
-        ]
-        if open_hosts and "*" not in listed:
+    """As Dify's HTTP library decides it, in the environment that Dify gets."""
+    from requests.utils import should_bypass_proxies
+
+    from difyops.services import api
+
+    environment = {k: str(v) for k, v in api.environment(deployment).items()}
+    # Of two spellings the lower one wins.
+    exempt = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    through: list[str] = []
+    for url in dict.fromkeys((model.llm_url(deployment), model.embedding_url(deployment))):
+        name = _proxy_for(url, environment) if url else None
+        if not url or not name or should_bypass_proxies(url, no_proxy=exempt):
+            continue
+        host = urlsplit(url).hostname or ""
+        if _is_near(host):
             return fail(
-                f"{', '.join(used)} captures calls to {', '.join(open_hosts)}: {name} lacks it",
-                f"remove {name} from dify.env (difyops then sets it), or add {open_hosts[0]}",
+                f"{name} captures calls to {host}: no_proxy has {exempt}",
+                f"remove no_proxy from dify.env (difyops then sets it), or add {host}; then: {UP}",
             )
-    return ok(f"{', '.join(used)}; NO_PROXY covers {', '.join(hosts)}")
+        through.append(f"{host} through {name}")
+    return ok(", ".join(through) or "none on the way to the model")
+
+
+def _proxy_for(url: str, environment: dict[str, str]) -> str | None:
+    """The variable that sends this URL to a proxy."""
+    for name in (f"{urlsplit(url).scheme}_proxy", "all_proxy"):
+        for spelling in (name, name.upper()):
+            if environment.get(spelling):
+                return spelling
+    return None
+
+
+def _is_near(host: str) -> bool:
+    """On this machine or in this network, where a proxy has no business."""
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." not in host or host.endswith((".local", ".lan", ".internal", ".home.arpa"))
 
 
 @check(
     "model.bind",
-    why="a server open to the network is everybody's; one on another port is nobody's",
-    upstream=("2854",),
+    why="a server open to the network is everybody's; one that is not ours is nobody's",
+    upstream=("dify#2854",),
     needs=("model.up",),
 )
 def bind(deployment: Deployment) -> Finding:
-    """The listener of our own server: on loopback, and in our own process."""
-    import psutil
-
-    from difyops.supervise import Supervisor
-
+    """The listener of our own server: on loopback, and a process of this deployment."""
     if model.local_spec(deployment) is None:
         return skip("the model server is somebody else's")
     port = deployment.settings.model.port
-    supervisor = Supervisor(deployment)
-    if not supervisor.running():
-        return skip("supervisord does not run, so its process is not known")
-    pid = int(supervisor.info("model")["pid"])
-    try:
-        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        listens = [
-            c.laddr for p in family for c in p.net_connections("tcp") if c.status == "LISTEN"
-        ]
-    except psutil.Error as error:
-        return skip(f"its sockets cannot be seen: {type(error).__name__}")
-    mine = [address.ip for address in listens if address.port == port]
-    if not mine:
-        return fail(f"port {port} is answered by another process", "difyops restart model")
-    beyond = [ip for ip in mine if not ip.startswith("127.") and ip != "::1"]
-    if beyond:
+    heard = [listener for listener in listeners() if listener.port == port]
+    if not heard:
+        return skip(f"the listener on port {port} cannot be seen from here")
+    if any(listener.pid is None for listener in heard):
+        return skip(f"port {port} is listened on by {heard[0]}")
+    foreign = [listener for listener in heard if not is_ours(deployment, listener.pid)]
+    if foreign:
         return fail(
-            f"listens on {', '.join(beyond)}:{port}", "difyops render && difyops restart model"
+            f"port {port} is answered by {foreign[0]}, not by this deployment",
+            f"kill {foreign[0].pid}; then: {UP}",
         )
+    beyond = [h.address for h in heard if not ipaddress.ip_address(h.address).is_loopback]
+    if beyond:
+        return fail(f"listens on {', '.join(beyond)}, port {port}", again(deployment, "model"))
     return ok(f"127.0.0.1:{port}")
 
 
@@ -91,14 +104,23 @@ def bind(deployment: Deployment) -> Finding:
 def chat(deployment: Deployment) -> Finding:
     from difyops.backends import probe
 
-    answer = probe.chat_once(
-        model.llm_url(deployment),
-        deployment.settings.model.name,
-        model.llm_key(deployment),
-        prompt="Say hello in one sentence.",
-        max_tokens=24,
-    )
+    try:
+        answer = probe.chat_once(
+            model.llm_url(deployment),
+            deployment.settings.model.name,
+            model.llm_key(deployment),
+            prompt="Say hello.",
+            max_tokens=8,
+        )
+    except DifyopsError as error:
+        return fail(error.message, error.hint or _look(deployment))
     return ok(f"answered in {answer.seconds:.1f} s, first token {answer.first_token:.2f} s")
+
+
+def _look(deployment: Deployment) -> str:
+    if deployment.settings.model.backend == "external":
+        return f"see the log of the server at {model.llm_url(deployment)}"
+    return "difyops logs model; then: difyops restart model"
 
 
 @check("model.embedding", why="knowledge bases are searched with it", needs=("model.up",))
@@ -109,5 +131,10 @@ def embedding(deployment: Deployment) -> Finding:
     if url is None or deployment.settings.embedding is None:
         return skip("no embedding model is set (embedding: null)")
     name = deployment.settings.embedding.name
-    vector = probe.embed_once(url, name, model.embedding_key(deployment))
+    try:
+        vector = probe.embed_once(url, name, model.embedding_key(deployment))
+    except DifyopsError as error:
+        local = deployment.settings.embedding.url is None
+        see = "difyops logs model; then: difyops restart model"
+        return fail(error.message, error.hint or (see if local else f"see the log of {url}"))
     return ok(f"{name}, {len(vector)} dimensions")

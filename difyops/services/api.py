@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
-from difyops import checkout, dify_python, dify_tree
+from difyops import checkout, dify_python, dify_tree, loopback
 from difyops.core import Deployment, NotReady, Process, Service, Step
 from difyops.errors import PrerequisiteError
 from difyops.files import digest
@@ -125,12 +125,15 @@ def ready(deployment: Deployment) -> str:
 
     port = deployment.settings.dify.port
     try:
-        answer = requests.get(f"http://127.0.0.1:{port}/health", timeout=3)
+        answer = loopback.get(f"http://127.0.0.1:{port}/health")
     except requests.RequestException:
         raise NotReady("waiting for /health") from None
     if answer.status_code != 200:
         raise NotReady(f"/health answers {answer.status_code}")
-    version = answer.json().get("version")
+    try:
+        version = dict(answer.json())["version"]
+    except (ValueError, TypeError, KeyError):
+        raise NotReady(f"what answers on port {port} is not Dify") from None
     if version != deployment.release.version:
         raise PrerequisiteError(
             f"port {port} is answered by dify {version}, not {deployment.release.version}",

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from difyops import backends, catalog, modelsource
+from difyops import backends, catalog, loopback, modelsource
 from difyops.backends import EmbeddingSpec, LlmSpec, Spec
 from difyops.core import Deployment, File, NotReady, Process, Service, Step
 from difyops.errors import DifyopsError, UsageError
@@ -129,7 +129,7 @@ def ready(deployment: Deployment) -> str:
 
     port = deployment.settings.model.port
     try:
-        answer = requests.get(f"http://127.0.0.1:{port}/health", timeout=3)
+        answer = loopback.get(f"http://127.0.0.1:{port}/health")
     except requests.RequestException:
         raise NotReady("waiting for it to listen") from None
     if answer.status_code != 200:

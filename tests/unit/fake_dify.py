@@ -5,6 +5,9 @@ It is no Dify: it proves how difyops reacts, not that Dify works. tests/e2e does
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import hmac
 import json
 import threading
 import time
@@ -13,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
 
 PASSWORD = "right-Passw0rd"
@@ -77,6 +80,11 @@ class FakeDify015:
     #: In what order retrieval returns the passages of the document.
     order: tuple[int, ...] = (2, 0, 1)
     model_refusal: str = ""
+    #: What /health says, and whose process answers.
+    health: dict[str, Any] | None = None
+    pid: int = 0
+    #: What signs the URLs of uploaded files.
+    secret_key: str = ""
 
     def answer_to(self, method: str, path: str, query: dict[str, str], body: Any) -> Any:
         handlers: dict[str, Callable[..., Any]] = {
@@ -84,10 +92,22 @@ class FakeDify015:
             "login": self._login,
             "workspaces": self._workspaces,
             "apps": self._apps,
-            "files": lambda *_: {"id": "file-1"},
+            "files": self._files,
+            "health": lambda *_: self.health or dict(FakeDify015.HEALTH, pid=self.pid),
+            "v1": lambda *_: {"welcome": "Dify OpenAPI", "server_version": "0.15.3"},
             "datasets": self._datasets,
         }
         return handlers[path.split("/")[1]](method, path.split("/")[2:], query, body)
+
+    HEALTH: ClassVar[dict[str, str]] = {"status": "ok", "version": "0.15.3"}
+
+    def _files(self, method: str, rest: list[str], query: dict[str, str], body: Any) -> Any:
+        if rest[-1] == "file-preview":
+            text = f"file-preview|{rest[0]}|{query['timestamp']}|{query['nonce']}"
+            sign = hmac.new(self.secret_key.encode(), text.encode(), hashlib.sha256).digest()
+            if base64.urlsafe_b64encode(sign).decode() != query["sign"]:
+                raise Refusal(404, "not_found", "File not found or signature is invalid")
+        return {"id": "file-1"}
 
     def _setup(self, method: str, rest: list[str], query: dict[str, str], body: Any) -> Any:
         if method == "POST":
