@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -66,17 +66,13 @@ class StepLog:
         started = time.monotonic()
         try:
             child = subprocess.Popen(
-                [str(a) for a in argv],
+                [*_wrapper(user), *(str(a) for a in argv)],
                 cwd=cwd,
                 env={**_environment(user), **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=self._file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                user=user.uid if user else None,
-                group=user.gid if user else None,
-                extra_groups=[] if user else None,
-                preexec_fn=_end_with_parent,
             )
         except OSError as error:
             raise self.error(f"{name} could not be started: {error}", hint) from error
@@ -98,13 +94,11 @@ class StepLog:
         return StepError(message, hint, log=self.path, tail=tail(self.path))
 
 
-_libc = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
-
-
-def _end_with_parent() -> None:
-    """Even when we are killed: another `up` must not meet a program still at work here."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _wrapper(user: User | None) -> list[str]:
+    """Gives up root, and ends the program with us even when we are killed: another `up` must not
+    meet a program that is still at work here."""
+    wrapper = [sys.executable, "-I", "-m", "difyops.launch", "--death-signal", "KILL"]
+    return [*wrapper, *(("--user", user.name) if user else ()), "--"]
 
 
 def _environment(user: User | None) -> dict[str, str]:

@@ -381,7 +381,7 @@ def test_model_registered_context_and_tools(wired, fake):
     assert planted("model.registered", api_key="another-key-of-it")[0] == "fail"
     assert planted("model.context", context_size="32768") == (
         "fail",
-        "Dify believes 32768 tokens, the server has 8192",
+        "Dify believes 32768 tokens, the server has 4096",
     )
     assert planted("model.context", context_size="2048")[0] == "warn"
     assert planted("model.context", context_size="")[0] == "fail"

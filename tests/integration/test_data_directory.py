@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from tests.integration.faults import nothing_lost, without_model
+from tests.integration.faults import load, nothing_lost, without_model
 
 
 @pytest.mark.parametrize("major", ["15"])
@@ -28,6 +30,9 @@ def test_folder_that_is_not_postgres(new, standin):
     data = cli.root / "data/postgres"
     data.mkdir(parents=True)
     (data / "thesis.tex").write_text("years of work")
+    if user := load(cli.root).user:  # else preflight already minds whose it is
+        os.chown(data, user.uid, user.gid)
+        os.chown(data.parent, user.uid, user.gid)
     result = cli("up", "--source")
     assert result.returncode == 3
     assert "is not empty, but not a Postgres data directory" in result.stderr

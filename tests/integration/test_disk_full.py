@@ -8,7 +8,10 @@ from contextlib import contextmanager
 import pytest
 import yaml
 
+from difyops import source
+from difyops.errors import StepError
 from tests.integration.faults import left, without_model
+from tests.recorder import Recorder
 
 
 @contextmanager
@@ -34,14 +37,16 @@ def test_disk_full_at_initdb(new, standin):
     cli = new(**without_model(standin))
     data = cli.root / "data"
     with small_disk(data, "20m"):
-        result = cli("up", "--source")
-        assert result.returncode == 1
-        assert "no space left for" in result.stderr
-        assert "free space" in result.stderr
-        assert "Traceback" not in result.stderr
+        refused = cli("up", "--source")
+        assert refused.returncode == 3
+        assert "host.disk" in refused.stderr
+        # It filled up after the preflight: straight to the steps.
+        with pytest.raises(StepError, match="no space left for") as caught:
+            source.up(cli.root, None, Recorder())
+        assert "free space" in (caught.value.hint or "")
         assert not (data / "postgres").exists()
         assert not (data / ".postgres.new").exists()
-        _grow(data, "300m")
+        _grow(data, "1g")
         result = cli("up", "--source")
         assert result.returncode == 0, result.stderr
         assert cli("down").returncode == 0

@@ -19,7 +19,7 @@ def test_status_and_second_up(stack):
     again = cli("up", "--source")
     assert again.returncode == 0, again.stderr
     after = json.loads(cli("status", "--json").stdout)["services"]
-    assert [s["pid"] for s in after] == [s["pid"] for s in states]
+    assert [s["pid"] for s in after] == [s["pid"] for s in states], again.stderr
 
 
 def test_databases_have_their_extensions(stack):
