@@ -6,6 +6,7 @@ results (report). Nothing here does I/O.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,8 @@ class Facts:
     checkout: str | None = None  # identity of Dify's code: commit, or fingerprint of a directory
     queues: tuple[str, ...] = ()  # Celery queues, read from the checkout
     environment: str | None = None  # identity of Dify's Python environment
-    python_reachable: bool = True  # `user` can execute our own interpreter
+    python: str = sys.executable  # our own interpreter
+    python_reachable: bool = True  # `user` can execute it
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def load(root: Path, source: str | None = None) -> Deployment:
         checkout=code,
         queues=tuple(dify_tree.queues(tree)) if code else (),
         environment=dify_python.identity(known),
+        python=identity.own_python(),
         python_reachable=user is None
         or identity.can(user, "x", Path(os.path.realpath(sys.executable))),
     )

@@ -6,6 +6,7 @@ import os
 import pwd
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,13 @@ from difyops.core import User
 from difyops.errors import PrerequisiteError, UsageError
 
 DEFAULT_USER = "difyops"
+
+
+def own_python() -> str:
+    """The interpreter that runs difyops, under one name: `difyops` and `python3 -m difyops` must
+    render the same files, or each would restart what the other started."""
+    usual = Path(sys.prefix) / "bin" / "python"
+    return str(usual) if usual.exists() else sys.executable
 
 
 def wanted(run_as: str | None, root: Path) -> str | None:

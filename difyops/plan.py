@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 
 from difyops import text
@@ -83,7 +82,7 @@ def _supervisord(
 def launcher(deployment: Deployment, service: Service, process: Process) -> list[str]:
     """The command that supervisord runs: the exec wrapper, then the service's own."""
     paths = deployment.paths
-    command = [sys.executable, "-I", "-m", "difyops.launch"]
+    command = [deployment.facts.python, "-I", "-m", "difyops.launch"]
     command += ["--env", str(paths.etc / f"{service.name}.env")]
     command += ["--starts", str(starts_file(deployment, service.name))]
     command += ["--death-signal", process.death_signal or process.stop_signal]
@@ -94,7 +93,7 @@ def launcher(deployment: Deployment, service: Service, process: Process) -> list
 
 def runs_dropped(deployment: Deployment, process: Process) -> bool:
     """All services give up root, but our own interpreter where only root reaches it."""
-    return deployment.facts.python_reachable or process.argv[0] != sys.executable
+    return deployment.facts.python_reachable or process.argv[0] != deployment.facts.python
 
 
 def starts_file(deployment: Deployment, service: str) -> Path:

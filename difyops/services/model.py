@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,7 +87,7 @@ def local_spec(deployment: Deployment) -> Spec | None:
         api_key=deployment.secrets["MODEL_API_KEY"],
         port=settings.model.port,
         config=deployment.paths.root / CONFIG,
-        python=sys.executable,
+        python=deployment.facts.python,
     )
 
 
