@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -415,7 +416,7 @@ def _explain(problem: Exception, given: list[str]) -> int:
         where = f"{problem.filename}: " if problem.filename else ""
         problem = DifyopsError(f"{where}{problem.strerror}")
     if isinstance(problem, DifyopsError):
-        report.error(problem)
+        report.error(problem, resume=shlex.join(["difyops", *given]))
         return problem.exit_code
     report.bug(problem, given)
     return EXIT_FAILED

@@ -70,9 +70,9 @@ def _plain(value: object) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def error(problem: DifyopsError, root: Path | None = None) -> None:
+def error(problem: DifyopsError, *, resume: str | None = None) -> None:
     """What, where, and the remedy. For a step, the end of its log first: it belongs to the line
-    that said which step failed, and the remedy is the last thing one reads."""
+    that said which step failed; and last, the command that goes on from there."""
     console = _console(stderr=True)
     step = problem if isinstance(problem, StepError) else None
     for line in step.tail if step else ():
@@ -82,7 +82,9 @@ def error(problem: DifyopsError, root: Path | None = None) -> None:
     if problem.hint:
         console.print(f"  Fix: {problem.hint}", markup=False)
     if step and step.log:
-        console.print(f"  Log: {_short(step.log, root)}", markup=False)
+        console.print(f"  Log: {_short(step.log, None)}", markup=False)
+    if step and resume and resume not in (problem.hint or ""):
+        console.print(f"  Then: {resume}", markup=False)
 
 
 def bug(problem: Exception, arguments: Sequence[str]) -> None:

@@ -270,6 +270,7 @@ def make_folders(deployment: Deployment) -> None:
     paths, user = deployment.paths, deployment.user
     for folder in (paths.etc, paths.opt, paths.data, paths.logs, paths.step_logs):
         folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o755)  # a strict umask must not lock the service's user out
     for name in ("valkey", "storage", "home"):
         identity.hand_over(paths.data / name, user)
     identity.hand_over(paths.data, user, 0o755)

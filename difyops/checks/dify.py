@@ -236,23 +236,11 @@ def from_caller(deployment: Deployment) -> Finding:
     if url and url not in asked and deployment.settings.embedding:
         asked[url] = deployment.settings.embedding.name
         keys[url] = models.embedding_key(deployment)
-    process = api.process(deployment, "python", "-c", _ASK, *asked)
     probe = {
         "DIFYOPS_PROBE_KEYS": json.dumps({u: k.reveal() if k else "" for u, k in keys.items()})
     }
     try:
-        done = subprocess.run(
-            process.argv,
-            env={**process.plain_env(), **probe},
-            cwd=process.cwd,
-            user=deployment.user.uid if deployment.user else None,
-            group=deployment.user.gid if deployment.user else None,
-            extra_groups=[] if deployment.user else None,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
+        done = api.run_python(deployment, _ASK, *asked, env=probe)
         answers = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         return fail("the API's Python did not answer within 30 s", "difyops logs api")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
@@ -47,6 +49,27 @@ def process(deployment: Deployment, program: str, *arguments: str) -> Process:
         stop_seconds=30,
         settle_seconds=10,
         inputs=digest(f"{deployment.facts.checkout} {deployment.facts.environment}"),
+    )
+
+
+def run_python(
+    deployment: Deployment, script: str, *arguments: str, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a few lines with the API's interpreter, user and environment (`env` is added to it), for
+    at most 30 s. Not in the checkout: an import would find all of Dify there."""
+    asked = process(deployment, "python", "-c", script, *arguments)
+    user = deployment.user
+    return subprocess.run(
+        asked.argv,
+        env={**asked.plain_env(), **(env or {})},
+        cwd="/",
+        user=user.uid if user else None,
+        group=user.gid if user else None,
+        extra_groups=[] if user else None,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
 
 

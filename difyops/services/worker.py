@@ -68,20 +68,9 @@ def active_queues(deployment: Deployment) -> set[str]:
 
 
 def _ask(deployment: Deployment, seconds: float, answers: int) -> set[str]:
-    process = api.process(deployment, "python", "-c", _INSPECT, str(seconds), str(answers))
     try:
-        done = subprocess.run(
-            process.argv,
-            env=process.plain_env(),  # the broker's URL holds a password: never an argument
-            cwd="/",  # not the checkout: Celery would import all of Dify
-            user=deployment.user.uid if deployment.user else None,
-            group=deployment.user.gid if deployment.user else None,
-            extra_groups=[] if deployment.user else None,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
+        # The broker's URL holds a password: it is in the environment, never an argument.
+        done = api.run_python(deployment, _INSPECT, str(seconds), str(answers))
         replies = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return set()

@@ -104,7 +104,8 @@ def test_a_failed_step_reads_from_its_log_to_the_remedy(
     lines = report.Lines(tmp_path)
     lines.started("migrations", log)
     lines.failed("migrations", "exit 1", 2.1)
-    report.error(StepError("flask db upgrade: exit 1 [x]", "mend it", log=log, tail=("a", "[b]")))
+    problem = StepError("flask db upgrade: exit 1 [x]", "mend it", log=log, tail=("a", "[b]"))
+    report.error(problem, resume="difyops up --source")
     assert capsys.readouterr().err.splitlines() == [
         "  ✗ migrations     failed after 2.1 s",
         "      a",
@@ -112,6 +113,7 @@ def test_a_failed_step_reads_from_its_log_to_the_remedy(
         "error: flask db upgrade: exit 1 [x]",
         "  Fix: mend it",
         "  Log: logs/steps/migrations.log",
+        "  Then: difyops up --source",
     ]
 
 
