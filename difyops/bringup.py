@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from difyops import checks, doctor, lock, proof, source
+from difyops import checks, doctor, init, lock, proof, source
 from difyops import deployment as deployments
 from difyops.core import Deployment, Progress
 from difyops.doctor import Report
@@ -78,6 +78,10 @@ def run(
     Raises DifyopsError from the step that fails; a failed preflight is in the result.
     """
     deployment = deployments.load(root, dify)
+    if dify and not deployment.settings.dify.enabled:
+        init.enable_dify(deployment.paths.settings)
+        progress.note("difyops.yaml: dify.enabled was false; --dify turns it on")
+        deployment = deployments.load(root, dify)
     with lock.held(deployment.paths, "up"):
         preflight = doctor.run(deployment, checks.PREFLIGHT)
         tell(preflight)

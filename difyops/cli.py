@@ -148,11 +148,6 @@ def up(
         raise UsageError(
             "mode compose cannot be brought up yet", "difyops up --source (no Docker, no root)"
         )
-    if dify and not wanted.dify.enabled:
-        raise UsageError(
-            "difyops.yaml: dify.enabled is false, but --dify was given",
-            "set dify.enabled: true in difyops.yaml",
-        )
     progress = report.Lines(root.resolve())
     try:
         result = bringup.run(root, dify, progress, wire=wire, tell=report.preflight)

@@ -25,10 +25,7 @@ def run(
     doctor's table says what is missing and how to supply it. -> the result, and lines to show.
     """
     paths = Paths(root.resolve())
-    made = paths.settings.exists()
-    if made and dify and not settings.load(paths.settings).dify.enabled:
-        init.enable_dify(paths.settings)
-    elif not made:
+    if not paths.settings.exists():
         without = dify is None and not _upstream_answers(progress)
         init.run(root, {"dify": {"enabled": False}} if without else {}, dict)
     result = bringup.run(root, dify, progress, tell=tell)
@@ -36,12 +33,12 @@ def run(
 
 
 def _upstream_answers(progress: Progress) -> bool:
-    progress.started("source")
     try:
         found = checkout.reachable(settings.Mirrors().git)
     except PrerequisiteError:  # no git
         found = None
-    progress.finished("source", found or "no repository of Dify can be reached from here", None)
+    if found is None:
+        progress.note("Dify's repository cannot be reached from here: everything but Dify, then")
     return found is not None
 
 

@@ -228,7 +228,8 @@ def doctor(report: Report, *, stderr: bool = False) -> None:
             if r.status in ("warn", "fail"):
                 _finding(console, topic, r)
     for reason, names in skipped.items():
-        _line(console, "", "skip", f"{', '.join(names)}: {reason}")
+        said = ", ".join(names) if len(names) <= 4 else f"{len(names)} checks"
+        _line(console, "", "skip", f"{said}: {reason}")
     console.print(report.summary(), markup=False)
 
 
