@@ -281,3 +281,20 @@ def test_dify_is_turned_on_and_nothing_else_changes(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"dify\.enabled is false"):
         path.write_text("dify:\n  enabled: no\n")
         init.enable_dify(path)
+
+
+def test_dify_is_turned_on_in_what_without_dify_wrote(tmp_path: Path) -> None:
+    init.run(tmp_path, {"dify": {"enabled": False}}, dict)
+    path = tmp_path / "difyops.yaml"
+    before = path.read_text()
+    init.enable_dify(path)
+    assert settings.load(path).dify.enabled
+    assert path.read_text().replace("}", ", enabled: false}", 1) == before
+
+
+def test_a_key_in_a_persons_own_writing_is_left_to_them(tmp_path: Path) -> None:
+    path = tmp_path / "difyops.yaml"
+    path.write_text("dify:\n  enabled: no  # later\n")
+    with pytest.raises(UsageError, match=r"dify\.enabled is false"):
+        init.enable_dify(path)
+    assert path.read_text() == "dify:\n  enabled: no  # later\n"
