@@ -91,8 +91,11 @@ def run(
         wired = None
         if wire and deployment.settings.dify.enabled:
             wired = proof.wire(deployment, progress)
-        # The chat was proved just now: asking again would only take longer.
-        every = [check for check in checks.ALL if not check.id.startswith("chat.")]
+        # With wiring, the chat was proved just now: asking again would only take longer. Without,
+        # there is nothing to look at that wiring makes.
+        every = [check for check in checks.ALL if check not in checks.CHAT]
+        if not wire:
+            every = [check for check in every if check not in checks.WIRED]
         return BroughtUp(deployment, preflight, wired, _examine(deployment, every, progress))
 
 

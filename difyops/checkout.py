@@ -152,7 +152,8 @@ def recorded(tree: Path) -> Checkout | None:
 
 
 def identity(tree: Path) -> str | None:
-    """A text that changes when the code in a finished checkout does; None without one."""
+    """A text that changes when a checkout is made anew (an edit in place is not seen); None without
+    one."""
     manifest = _manifest(tree)
     if manifest is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -105,7 +106,7 @@ def init(
         version=version, model=model, model_url=model_url, base_url=base_url,
         without_dify=without_dify,
     )  # fmt: skip
-    root = directory or _options(context).root
+    root = _options(context).root / (directory or Path())
     made = initialise.run(
         root,
         answers,
@@ -244,12 +245,13 @@ def render(
     json: Json = False,
 ) -> None:
     """Render the configuration below etc/ from difyops.yaml. Files you edited are kept."""
-    from difyops import plan, report
+    from difyops import lock, plan, report
     from difyops import render as rendering
 
     deployment = _load(context)
     dry = check or diff
-    files = rendering.write(deployment, plan.build(deployment), dry=dry, force=force)
+    with contextlib.nullcontext() if dry else lock.held(deployment.paths, "render"):
+        files = rendering.write(deployment, plan.build(deployment), dry=dry, force=force)
     if json:
         report.emit_json({"version": 1, "files": files})
     else:
@@ -276,7 +278,7 @@ def wire(context: typer.Context, json: Json = False) -> None:
         report.wired(wired)
 
 
-@app.command(epilog="Examples: difyops doctor --only postgres | difyops doctor --json")
+@app.command(epilog="Examples: difyops doctor --only pg | difyops doctor --json")
 def doctor(
     context: typer.Context,
     only: Annotated[

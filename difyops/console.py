@@ -307,6 +307,10 @@ class ServiceApi(Http):
                     f"the stream broke off after {late:.1f} s", "see the API's log"
                 ) from None
 
+    def forget(self, conversation_id: str, *, user: str) -> None:
+        """Delete a conversation of `user`."""
+        self._call("DELETE", f"/conversations/{conversation_id}", json={"user": user})
+
     def _question(self, query: str, user: str, mode: str) -> Json:
         # auto_generate_name would make Dify ask the model for a title: a second call per question.
         return {

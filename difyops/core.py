@@ -90,6 +90,7 @@ class Facts:
     checkout: str | None = None  # identity of Dify's code: commit, or fingerprint of a directory
     queues: tuple[str, ...] = ()  # Celery queues, read from the checkout
     environment: str | None = None  # identity of Dify's Python environment
+    server: str = ""  # versions of the programs that serve models
     python: str = sys.executable  # our own interpreter
     python_reachable: bool = True  # `user` can execute it
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from difyops import checkout, dify_python, dify_source, dify_tree, identity, releases, settings
 from difyops.core import Deployment, Facts, Paths
+from difyops.errors import DifyopsError
 from difyops.secrets import Secrets
 from difyops.services import pg_binaries, valkey
 
@@ -31,10 +32,32 @@ def load(root: Path, source: str | None = None) -> Deployment:
         postgres=pg_binaries.installed(known) if wanted.postgres.provider != "external" else None,
         valkey=valkey.installed(known) if wanted.redis.provider != "external" else None,
         checkout=code,
-        queues=tuple(dify_tree.queues(tree)) if code else (),
+        queues=_queues(tree) if code else (),
         environment=dify_python.identity(known),
+        server=_server(),
         python=identity.own_python(),
         python_reachable=user is None
         or identity.can(user, "x", Path(os.path.realpath(sys.executable))),
     )
     return Deployment(paths, wanted, secrets, release, user, facts, known.source)
+
+
+def _queues(tree: Path) -> tuple[str, ...]:
+    """Empty for a damaged checkout: it must still be possible to stop, and to look."""
+    try:
+        return tuple(dify_tree.queues(tree))
+    except DifyopsError:
+        return ()
+
+
+def _server() -> str:
+    """Versions of what serves models: another one is loaded at the next `up`."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for package in ("difyops", "xllamacpp", "onnxruntime", "tokenizers"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:  # an extra that is not installed
+            continue
+    return ", ".join(found)

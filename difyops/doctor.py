@@ -150,7 +150,7 @@ class Report:
 
 
 def select(checks: Sequence[Check], only: Sequence[str]) -> list[Check]:
-    """The checks named by `only` (an ID, or a topic such as `postgres`) and what they need.
+    """The checks named by `only` (an ID, or a topic such as `pg`) and what they need.
 
     Raises UsageError for a name that no check has.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -26,23 +27,21 @@ def own_python() -> str:
 def wanted(run_as: str | None, root: Path) -> str | None:
     """The name of the user that services should run as; None when we are not root.
 
-    Order: `run_as`, the owner of the deployment directory if that is not root, `difyops`.
+    Never the owner of the deployment directory: who runs Dify's code could replace the files that
+    root's supervisord obeys. Raises UsageError for such a `run_as`.
     """
     if os.geteuid() != 0:
         return None
-    if run_as:
-        if run_as == "root":
-            raise UsageError("run_as: root cannot be used", "Postgres refuses to run as root")
-        return run_as
-    owner = root.stat().st_uid if root.exists() else 0
-    if owner:
-        try:
-            return pwd.getpwuid(owner).pw_name
-        except KeyError:
-            raise UsageError(
-                f"{root} belongs to uid {owner}, which has no name", "set run_as in difyops.yaml"
-            ) from None
-    return DEFAULT_USER
+    name = run_as or DEFAULT_USER
+    account = find(name)
+    if name == "root" or (account and account.uid == 0):
+        raise UsageError("run_as: root cannot be used", "Postgres refuses to run as root")
+    if account and root.exists() and root.stat().st_uid == account.uid:
+        raise UsageError(
+            f"{root} belongs to {name}, as whom services would run: they could command root",
+            f"run difyops as that user (sudo -u {name} difyops …), or chown the directory to root",
+        )
+    return name
 
 
 def find(name: str | None) -> User | None:
@@ -88,8 +87,21 @@ def can(user: User | None, test: Literal["r", "w", "x"], path: Path) -> bool:
 
 
 def hand_over(path: Path, user: User | None, mode: int = 0o700) -> None:
-    """Make a directory that belongs to the service's user."""
-    path.mkdir(parents=True, exist_ok=True)
-    path.chmod(mode)
-    if user and path.stat().st_uid != user.uid:
-        os.chown(path, user.uid, user.gid)
+    """Make a directory that belongs to the service's user.
+
+    Through a descriptor that follows no link: the folder above may be the service's own, and root
+    must not be led to give away another one. Raises PrerequisiteError for a link or a file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir()
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        raise PrerequisiteError(f"{path} is not a folder, or is a link", "move it away") from None
+    try:
+        os.fchmod(folder, mode)
+        if user and os.fstat(folder).st_uid != user.uid:
+            os.fchown(folder, user.uid, user.gid)
+    finally:
+        os.close(folder)

@@ -25,10 +25,11 @@ def main() -> None:
     parser.add_argument("--env", type=Path, help="instead of what was inherited")
     parser.add_argument("--starts", type=Path, help="a line is added to it")
     parser.add_argument("--user")
+    parser.add_argument("--parent", type=int, help="the pid that started this, where it is known")
     parser.add_argument("--death-signal", default="TERM")
     parser.add_argument("argv", nargs="+")
     args = parser.parse_args()
-    parent = os.getppid()
+    parent = args.parent or os.getppid()
     environment = _environment(args.env)
     if args.starts:
         with args.starts.open("a") as file:

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from difyops.errors import PrerequisiteError, StepError, UsageError
 from difyops.files import sync_dir, write_atomic
+from difyops.steplog import wrapper
 
 _PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.+!_-]+)\Z")
 #: What pip says of an index it cannot use; with several indexes configured this is everyday noise.
@@ -107,6 +108,8 @@ def _hash(path: Path) -> str:
 
 @contextmanager
 def _scratch(parent: Path) -> Iterator[Path]:
+    for left in parent.glob(".fetch.*"):  # of a run that was killed; there is one at a time
+        shutil.rmtree(left, ignore_errors=True)
     path = Path(tempfile.mkdtemp(dir=parent, prefix=".fetch."))
     try:
         yield path
@@ -215,7 +218,7 @@ def _run(command: list[str], log: Path | None, requirement: str) -> list[str]:
         sink.write(f"$ pip download {requirement}\n")
         # A group of its own: Ctrl-C reaches pip through us only, once, and is then waited for.
         with subprocess.Popen(
-            command,
+            [*wrapper(), *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -24,7 +24,6 @@ class Release(BaseModel):
     groups: tuple[str, ...]
     replace: dict[str, str]
     postgres: tuple[int, int]
-    auth: Literal["bearer"]
     api: tuple[str, ...]
     worker: tuple[str, ...]
 

@@ -51,7 +51,7 @@ def _write_one(
             write_atomic(target, file.text, mode=mode, owner=owner)
         return Rendered(file.path, "same")
     verb: Verb = "created" if now is None else "changed"
-    if now is not None and record.get(name) not in (None, digest(now)) and not force:
+    if now is not None and record.get(name) != digest(now) and not force:
         verb = "kept"
     elif not dry:
         write_atomic(target, file.text, mode=mode, owner=owner)
@@ -72,7 +72,7 @@ def _diff(before: str, after: str, name: str) -> str:
 
 
 def _record_path(deployment: Deployment) -> Path:
-    return deployment.paths.run / "rendered.json"
+    return deployment.paths.etc / ".rendered.json"
 
 
 def _read_record(deployment: Deployment) -> dict[str, str]:

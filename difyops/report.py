@@ -53,6 +53,7 @@ def _console(stderr: bool = False) -> Console:
 def emit(text: str) -> None:
     """Payload."""
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()  # `logs -f` into a pipe is read line by line
 
 
 def emit_json(value: object) -> None:

@@ -82,7 +82,9 @@ class Dify(_Section):
         "Without it: http://localhost:<port>.",
     )
     env: dict[str, str] = Field(
-        default_factory=dict, description="Further environment variables for API and worker."
+        default_factory=dict,
+        description="Further environment variables for API and worker. `secret:NAME` stands "
+        "for NAME in secrets.env: a password does not belong here.",
     )
 
     _url = field_validator("base_url")(lambda v: v if v is None else _http_url(v))
@@ -143,7 +145,7 @@ class Postgres(_Section):
         description="wheel: from the package index. system: pg_ctl found here. tarball: compiled "
         "binaries. external: a server that somebody else runs.",
     )
-    port: Port = Field(5442, description="The port on 127.0.0.1.")
+    port: Port = Field(5442, description="The port on 127.0.0.1; not of an `external` one.")
     bin: str | None = Field(None, description="For `system`: the folder that holds pg_ctl.")
     tarball: str | None = Field(None, description="For `tarball`: its path or URL.")
     dsn: str | None = Field(
@@ -153,6 +155,10 @@ class Postgres(_Section):
     )
 
     _dsn = field_validator("dsn")(lambda v: v if v is None else _dsn(v))
+
+    _tarball = field_validator("tarball")(
+        lambda v: _http_url(v) if v and v.startswith(("http://", "https://")) else v
+    )
 
     @model_validator(mode="after")
     def _provider_has_its_key(self) -> Postgres:
@@ -170,7 +176,7 @@ class Redis(_Section):
     provider: Literal["wheel", "system", "external"] = Field(
         "wheel", description="wheel: Valkey from the package index. system, external: as above."
     )
-    port: Port = Field(6389, description="The port on 127.0.0.1.")
+    port: Port = Field(6389, description="The port on 127.0.0.1; not of an `external` one.")
     url: str | None = Field(
         None, description="For `external`: redis://host:port (REDIS_PASSWORD in secrets.env)."
     )
@@ -223,8 +229,8 @@ class Settings(_Section):
     mirrors: Mirrors = Field(default_factory=Mirrors)
     run_as: str | None = Field(
         None,
-        description="Started by root: the user that services run as. Without it: the owner of the "
-        "directory, or else `difyops`, which is created.",
+        description="Started by root: the user that services run as. Without it: `difyops`, which "
+        "is made. Not the owner of the directory.",
     )
 
     @model_validator(mode="after")

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from difyops import deployment as deployments
-from difyops import identity, plan, render, supervise
+from difyops import dify_tree, identity, plan, render, supervise
 from difyops.core import Deployment, Plan, Progress, Service, Step
-from difyops.errors import DifyopsError
+from difyops.errors import DifyopsError, UsageError
 from difyops.files import write_atomic
 from difyops.services import postgres
 from difyops.steplog import StepLog
@@ -27,6 +27,8 @@ def up(root: Path, source: str | None, progress: Progress) -> Deployment:
         _run(deployment, service.install, progress)
     # Only now is known what was installed: queues from the checkout, versions of the programs.
     deployment = deployments.load(root, source)
+    if deployment.settings.dify.enabled:
+        dify_tree.queues(deployment.paths.source(deployment.release.version))  # or says why not
     wanted = plan.build(deployment)
     _tell(render.write(deployment, wanted), progress)
     write_lock(deployment)
@@ -115,7 +117,8 @@ def restart(deployment: Deployment, names: list[str], progress: Progress) -> Non
     known = [s.name for s in wanted.services if s.process]
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise DifyopsError(f"no service {unknown[0]!r} runs here", f"services: {', '.join(known)}")
+        raise UsageError(f"no service {unknown[0]!r} runs here", f"services: {', '.join(known)}")
+    supervise.make_folders(deployment)
     _tell(render.write(deployment, wanted), progress)
     supervisor = supervise.Supervisor(deployment)
     names = names or known
@@ -124,7 +127,7 @@ def restart(deployment: Deployment, names: list[str], progress: Progress) -> Non
         names = [*names, *supervisor.sync()]
     chosen = [s for s in wanted.services if s.process and s.name in names]
     if supervisor.running():
-        supervise.stop(supervisor, [s.name for s in reversed(chosen)], progress)
+        supervise.stop_waves(supervisor, chosen, progress)
     start(deployment, chosen, progress)
 
 
@@ -133,6 +136,7 @@ def apply_passwords(deployment: Deployment, progress: Progress) -> None:
 
     The role of Dify gets its own from the step `databases`, when Postgres is up.
     """
+    postgres.check_own(deployment)
     wanted = plan.build(deployment)
     supervise.stop_all(deployment, wanted, progress)
     render.write(deployment, wanted)

@@ -51,11 +51,13 @@ class StepLog:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         user: User | None = None,
+        inherit: bool = True,
         timeout: float | None = None,
         what: str | None = None,
         hint: str | None = None,
     ) -> None:
-        """Run a program with its output in the log; `env` is added to ours.
+        """Run a program with its output in the log; `env` is added to ours, or with `inherit=False`
+        is all it gets (but PATH and LANG): what our shell holds is not a service's business.
 
         The program gets a process group of its own, which is ended with it when we are interrupted:
         a child that outlives Ctrl-C would go on writing into a half-made directory.
@@ -66,9 +68,9 @@ class StepLog:
         started = time.monotonic()
         try:
             child = subprocess.Popen(
-                [*_wrapper(user), *(str(a) for a in argv)],
+                [*wrapper(user), *(str(a) for a in argv)],
                 cwd=cwd,
-                env={**_environment(user), **(env or {})},
+                env={**(_environment(user) if inherit else _LEAST), **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=self._file,
                 stderr=subprocess.STDOUT,
@@ -94,11 +96,15 @@ class StepLog:
         return StepError(message, hint, log=self.path, tail=tail(self.path))
 
 
-def _wrapper(user: User | None) -> list[str]:
+_LEAST = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
+
+
+def wrapper(user: User | None = None) -> list[str]:
     """Gives up root, and ends the program with us even when we are killed: another `up` must not
     meet a program that is still at work here."""
-    wrapper = [sys.executable, "-I", "-m", "difyops.launch", "--death-signal", "KILL"]
-    return [*wrapper, *(("--user", user.name) if user else ()), "--"]
+    command = [sys.executable, "-I", "-m", "difyops.launch", "--death-signal", "KILL"]
+    command += ["--parent", str(os.getpid())]
+    return [*command, *(("--user", user.name) if user else ()), "--"]
 
 
 def _environment(user: User | None) -> dict[str, str]:

@@ -84,7 +84,8 @@ class Supervisor:
             [sys.executable, "-m", "supervisor.supervisord", "-c",
              str(self.deployment.paths.etc / "supervisord.conf")],
             cwd=self.deployment.paths.root,
-            env=_clean_environment(),
+            # The marker, so that one whose socket was lost is found and ended, too.
+            env={**_clean_environment(), MARKER: str(self.deployment.paths.root)},
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False,
         )  # fmt: skip
         log = self.deployment.paths.logs / "supervisord.log"
@@ -203,20 +204,26 @@ class Supervisor:
         Raises StepError with the last lines of its log.
         """
         began = time.monotonic()
+        before = max(0, self._launches(service.name) - 1)  # crashes of another day do not count
         while True:
             try:
                 return service.ready(self.deployment) if service.ready else ""
             except NotReady as reason:
                 waited = time.monotonic() - began
-                self._give_up_if_hopeless(service, str(reason), waited)
+                self._give_up_if_hopeless(service, str(reason), waited, before)
                 progress.detail(service.name, f"{reason}, {waited:.0f} s")
             time.sleep(0.1 if waited < 2 else 0.4)
 
-    def _give_up_if_hopeless(self, service: Service, reason: str, waited: float) -> None:
+    def _launches(self, name: str) -> int:
+        return len(tail(starts_file(self.deployment, name), 10_000))
+
+    def _give_up_if_hopeless(
+        self, service: Service, reason: str, waited: float, before: int
+    ) -> None:
         log = self.deployment.paths.logs / f"{service.name}.log"
         problem = None
         if service.process:
-            launches = len(tail(starts_file(self.deployment, service.name), 100))
+            launches = self._launches(service.name) - before
             if self.info(service.name)["statename"] == "FATAL" or launches >= LAUNCHES:
                 problem = f"{service.name} ended {max(launches, 1)} times at its start"
                 self.stop(service.name)
@@ -247,7 +254,7 @@ class Supervisor:
             return State(service.name, state, port=service.port)
         if state == "starting" and self._ready(service):
             state = "running"  # supervisord says so only seconds later, when it did not crash
-        launches = len(tail(starts_file(self.deployment, service.name), 10_000))
+        launches = self._launches(service.name)
         return State(
             service.name,
             state,
@@ -270,7 +277,8 @@ def make_folders(deployment: Deployment) -> None:
     paths, user = deployment.paths, deployment.user
     for folder in (paths.etc, paths.opt, paths.data, paths.logs, paths.step_logs):
         folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o755)  # a strict umask must not lock the service's user out
+        if user:
+            folder.chmod(0o755)  # a strict umask must not lock the service's user out
     for name in ("valkey", "storage", "home"):
         identity.hand_over(paths.data / name, user)
     identity.hand_over(paths.data, user, 0o755)
@@ -286,8 +294,7 @@ def stop_all(deployment: Deployment, plan: Plan, progress: Progress) -> None:
         known = {info["name"] for info in supervisor._call("getAllProcessInfo")}
         planned = {service.name for service in plan.services}
         stop(supervisor, sorted(known - planned), progress)
-        for wave in reversed(waves(plan.services)):
-            stop(supervisor, [s.name for s in reversed(wave) if s.name in known], progress)
+        stop_waves(supervisor, [s for s in plan.services if s.name in known], progress)
         supervisor.shutdown()
     for pid in supervisor.reap():
         progress.note(f"ended a left-over process, pid {pid}")
@@ -302,6 +309,12 @@ def stop(supervisor: Supervisor, names: Sequence[str], progress: Progress) -> No
         progress.started(name)
         supervisor.stop(name)
         progress.finished(name, "stopped", time.monotonic() - began)
+
+
+def stop_waves(supervisor: Supervisor, services: Iterable[Service], progress: Progress) -> None:
+    """Stop services, each before what it needs: requests and tasks are finished, not cut off."""
+    for wave in reversed(waves(services)):
+        stop(supervisor, [service.name for service in reversed(wave)], progress)
 
 
 def waves(services: Iterable[Service]) -> list[list[Service]]:

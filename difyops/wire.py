@@ -5,6 +5,7 @@ Every step looks first and changes only what differs, so a second run changes no
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable
@@ -164,35 +165,63 @@ def prove(target: WireTarget, report: WireReport, *, seconds: float = 120.0) -> 
             evidence = (f"asked, blocking: {QUESTION}", f"answered: {error.message}")
             raise ProofError(error.message, _model_hint(target.llm), evidence) from None
         blocking_seconds = time.monotonic() - start
+        _forget(api, reply.conversation_id)
         _check_words("blocking", reply.answer, reply.completion_tokens, target)
-
-        streamed, first, ended, tokens = "", 0.0, 0.0, 0
-        for event in api.chat_stream(QUESTION, user=USER, seconds=seconds):
-            if event.event == "error":
-                raise _stream_error(event.data, streamed, target)
-            if event.event == "message":
-                part = str(event.data.get("answer") or "")
-                first = first or (event.at if part else 0.0)
-                streamed += part
-            elif event.event == "message_replace":
-                streamed = str(event.data.get("answer") or "")
-            elif event.event == "message_end":
-                ended, tokens = event.at, completion_tokens(event.data)
-        if not ended:
-            raise ProofError(
-                "the streamed answer ended without message_end",
-                "a proxy or the API's worker cut it: see the API's log for a timeout or a restart",
-                (f"asked, streaming: {QUESTION}", f"answered: {streamed!r}"),
-            )
-        _check_words("streaming", streamed, tokens, target)
+        stream = _listen(api, target, seconds)
+        _check_words("streaming", stream.text, stream.tokens, target)
     return ChatProof(
         answer=reply.answer,
         seconds=round(blocking_seconds, 3),
-        streamed=streamed,
-        stream_seconds=round(ended, 3),
-        first_token_seconds=round(first, 3),
+        streamed=stream.text,
+        stream_seconds=round(stream.ended, 3),
+        first_token_seconds=round(stream.first, 3),
         completion_tokens=reply.completion_tokens,
     )
+
+
+@dataclass
+class _Stream:
+    """A streamed answer; times in seconds since the question."""
+
+    text: str = ""
+    first: float = 0.0
+    ended: float = 0.0
+    tokens: int = 0
+    conversation: str = ""
+
+
+def _listen(api: ServiceApi, target: WireTarget, seconds: float) -> _Stream:
+    stream = _Stream()
+    try:
+        for event in api.chat_stream(QUESTION, user=USER, seconds=seconds):
+            stream.conversation = str(event.data.get("conversation_id") or stream.conversation)
+            if event.event == "error":
+                raise _stream_error(event.data, stream.text, target)
+            if event.event == "message":
+                part = str(event.data.get("answer") or "")
+                stream.first = stream.first or (event.at if part else 0.0)
+                stream.text += part
+            elif event.event == "message_replace":
+                stream.text = str(event.data.get("answer") or "")
+            elif event.event == "message_end":
+                stream.ended, stream.tokens = event.at, completion_tokens(event.data)
+    finally:
+        _forget(api, stream.conversation)
+    if not stream.ended:
+        raise ProofError(
+            "the streamed answer ended without message_end",
+            "a proxy or the API's worker cut it: see the API's log for a timeout or a restart",
+            (f"asked, streaming: {QUESTION}", f"answered: {stream.text!r}"),
+        )
+    return stream
+
+
+def _forget(api: ServiceApi, conversation: str) -> None:
+    """A proof is not a user's conversation: doctor may ask every minute. What cannot be deleted
+    stays, and is no failure of the chat."""
+    if conversation:
+        with contextlib.suppress(DifyopsError):
+            api.forget(conversation, user=USER)
 
 
 def ensure_account(console: Console, target: WireTarget) -> Change:

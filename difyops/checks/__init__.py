@@ -11,6 +11,10 @@ ALL: tuple[Check, ...] = tuple(
     for check in topic.check.checks
 )
 
+#: What needs Dify to be wired, and what asks it a question.
+WIRED: tuple[Check, ...] = tuple(wired.check.checks)
+CHAT: tuple[Check, ...] = tuple(chat.check.checks)
+
 PREFLIGHT: tuple[Check, ...] = tuple(check for check in ALL if check.preflight)
 
 _ISSUES = {

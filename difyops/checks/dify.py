@@ -61,6 +61,25 @@ def source(deployment: Deployment) -> Finding:
     return ok(f"dify {version} from {mirror}")
 
 
+@check(
+    "dify.python",
+    why="Dify runs on the Python versions that its release names, and no other",
+    preflight=True,
+    dify=True,
+)
+def python(deployment: Deployment) -> Finding:
+    """Its environment, or an interpreter and uv to make it with. Nothing is made."""
+    from difyops import dify_python, interpreters
+
+    made = dify_python.environment_done(deployment)
+    if made:
+        return ok(made)
+    found = interpreters.probe_all(
+        deployment.release.python, deployment.user, dify_python.find_uv()
+    )
+    return ok(f"Python {found.text} at {found.path}")
+
+
 @check("api.health", why="nothing of Dify works without its API", needs=("pg.up",), dify=True)
 def health(deployment: Deployment) -> Finding:
     try:

@@ -21,6 +21,20 @@ def _external(deployment: Deployment) -> bool:
     return deployment.settings.postgres.provider == "external"
 
 
+@check(
+    "pg.binaries",
+    why="there is no database without its programs, and dify wants certain versions of them",
+    preflight=True,
+)
+def binaries(deployment: Deployment) -> Finding:
+    """What is installed, or could be: nothing is copied."""
+    from difyops.services import pg_binaries
+
+    if deployment.settings.postgres.provider == "external":
+        return ok(f"external, {postgres.address(deployment).host}")
+    return ok(pg_binaries.installed(deployment) or pg_binaries.available(deployment))
+
+
 @check("pg.up", why="everything that Dify keeps is in Postgres")
 def up(deployment: Deployment) -> Finding:
     where = postgres.address(deployment)

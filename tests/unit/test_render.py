@@ -111,8 +111,17 @@ def test_a_diff_shows_no_secret(here: Deployment) -> None:
 
 def test_a_broken_record_is_no_record(here: Deployment) -> None:
     write(here)
-    (here.paths.run / "rendered.json").write_text("{")
+    (here.paths.etc / ".rendered.json").write_text("{")
     assert set(write(here).values()) == {"same"}
+
+
+def test_without_a_record_what_differs_is_kept(here: Deployment) -> None:
+    write(here)
+    (here.paths.etc / ".rendered.json").unlink()
+    path = here.paths.etc / "postgresql.conf"
+    path.write_text("mine")
+    assert write(here)[Path("etc/postgresql.conf")] == "kept"
+    assert path.read_text() == "mine"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
