@@ -117,6 +117,25 @@ def test_chat_by_hand(dify: Deployment) -> None:
     assert "error" not in events
 
 
+def test_a_proof_leaves_no_conversation(cli: Cli, dify: Deployment) -> None:
+    assert cli("doctor", "--only", "chat").returncode == 0
+    target = proof.target(dify)
+    with ServiceApi(target.base_url, wire.existing(target).api_key) as service:
+        left = service._call("GET", "/conversations", params={"user": wire.USER})
+    assert left["data"] == []
+
+
+def test_a_damaged_checkout_can_still_be_stopped_and_looked_at(cli: Cli, dify: Deployment) -> None:
+    script = dify.paths.source(dify.release.version) / "api/docker/entrypoint.sh"
+    whole = script.read_text()
+    script.unlink()
+    try:
+        assert cli("status").returncode == 0
+        assert doctor(cli, "--only", "dify.source")["dify.source"]["status"] == "fail"
+    finally:
+        script.write_text(whole)
+
+
 def test_migrated_to_the_head_of_the_checkout(dify: Deployment) -> None:
     tree = dify.paths.source(dify.release.version)
     assert api.database_revision(dify) == dify_tree.migration_head(tree)

@@ -31,7 +31,7 @@ def test_a_healthy_stack_raises_no_alarm(stack):
         assert check["status"] in ("ok", "skip") or check["id"].startswith("host."), check
     text = Cli(stack.paths.root)("doctor", "--only", "pg", "--only", "redis")
     assert text.stdout.splitlines()[:2] == [
-        "pg         ok    5 checks",
+        "pg         ok    6 checks",
         "redis      ok    3 checks",
     ]
     for shown in (done.stdout, text.stdout, text.stderr, done.stderr):
