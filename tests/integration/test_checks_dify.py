@@ -81,6 +81,13 @@ def test_dify_source(with_dify, tmp_path):
     assert found.status == "fail" and "no repository of Dify answers" in found.evidence
 
 
+def test_dify_python(with_dify):
+    assert examine(with_dify, "dify.python").status == "ok"
+    future = with_dify.release.model_copy(update={"python": ">=3.99"})
+    found = examine(dataclasses.replace(with_dify, release=future), "dify.python")
+    assert found.status == "fail" and ">=3.99" in found.evidence
+
+
 @contextmanager
 def table(deployment: Deployment, create: str, *values: str) -> Iterator[None]:
     """A table of Dify's in the real database, for a while."""

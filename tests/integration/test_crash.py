@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -13,11 +14,13 @@ import psutil
 import pytest
 
 from difyops import plan
+from difyops.core import NotReady
 from difyops.plan import MARKER
 from difyops.services import model
 from difyops.supervise import Supervisor
 from tests.integration.conftest import Cli
 from tests.integration.faults import eventually, left, load, nothing_lost, states, supervisord
+from tests.recorder import Recorder
 
 
 def comes_back(cli, name, seconds=30):
@@ -110,6 +113,38 @@ def test_up_right_after_supervisord_was_killed_brings_all_back(light):
         for name in ("postgres", "valkey"):
             assert after[name].state == "running"
             assert after[name].pid != before[name].pid
+
+
+def test_supervisord_whose_socket_was_lost_is_ended_by_up(light):
+    """Or two of them would fight over the same services."""
+    with nothing_lost(light.root):
+        assert light("up", "--source").returncode == 0
+        lost = supervisord(light.root)
+        (light.root / "run/supervisor.sock").unlink()
+        result = light("up", "--source")
+        assert result.returncode == 0, result.stderr
+        assert not psutil.pid_exists(lost) or psutil.Process(lost).status() == "zombie"
+        assert supervisord(light.root) != lost
+        parents = {p.ppid() for p in left(light.root) if p.name() in ("postgres", "valkey-server")}
+        assert supervisord(light.root) in parents and lost not in parents
+
+
+def test_crashes_of_another_day_do_not_stop_a_service_that_is_loading(light):
+    starts = light.root / "run/valkey.starts"
+    starts.write_text(starts.read_text() * 6)
+    supervisor = Supervisor(load(light.root))
+    service = plan.build(load(light.root)).service("valkey")
+    answers = iter([NotReady("loading"), NotReady("loading"), None])
+
+    def slow(deployment):
+        answer = next(answers)
+        if answer:
+            raise answer
+        return "ready"
+
+    assert supervisor.await_ready(dataclasses.replace(service, ready=slow), Recorder()) == "ready"
+    assert states(light)["valkey"].state == "running"
+    starts.write_text(starts.read_text().splitlines()[0] + "\n")
 
 
 def test_services_that_survived_supervisord_are_ended_by_up(light):
