@@ -37,8 +37,8 @@ class BroughtUp:
         said = []
         if settings.dify.enabled:
             said.append(
-                f"Dify      {settings.dify.url}   {settings.admin.email}"
-                "  (password: difyops secrets show admin)"
+                f"Dify API  {settings.dify.url}   {settings.admin.email}"
+                "  (password: difyops secrets show admin; no web interface yet)"
             )
         said.append(f"Model     {model.llm_url(self.deployment)}   {settings.model.name}")
         if self.wired and self.wired.chat:
@@ -46,6 +46,11 @@ class BroughtUp:
             said.append(
                 f"Proved    chat answered in {chat.seconds:.1f} s, streaming first token "
                 f"{chat.first_token_seconds:.1f} s: {_quoted(chat.answer)}"
+            )
+            said.append(
+                f"Try       curl {settings.dify.url}/v1/chat-messages -H 'Content-Type: "
+                'application/json\' -H "Authorization: Bearer $(difyops secrets show app)" '
+                """-d '{"query": "Hello", "inputs": {}, "user": "me"}'"""
             )
         return said
 

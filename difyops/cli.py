@@ -169,11 +169,17 @@ def down(context: typer.Context) -> None:
     """Stop every service, Postgres cleanly. Data stays."""
     from difyops import lock, plan, report, supervise
 
-    deployment = _load(context)
+    try:
+        deployment = _load(context)
+        wanted = plan.build(deployment)
+    except DifyopsError:
+        # A typo in difyops.yaml must not keep what runs from being stopped.
+        supervise.stop_unread(_options(context).root.resolve())
+        raise
     progress = report.Lines(deployment.paths.root)
     try:
         with lock.held(deployment.paths, "down"):
-            supervise.stop_all(deployment, plan.build(deployment), progress)
+            supervise.stop_all(deployment, wanted, progress)
     finally:
         progress.close()
 
@@ -327,24 +333,38 @@ def demo(
         progress.close()
     if not result.preflight.healthy:
         raise typer.Exit(EXIT_CANNOT_START)
-    report.brought_up(result)
-    for line in chat:
+    if result.report:
+        report.doctor(result.report, stderr=True)
+    for line in [*result.lines(), *chat]:
         report.emit(line)
+    command = f"{sys.argv[0]} -C {shlex.quote(str(root))}"
+    report.emit(f"Running   look: {command} status   stop: {command} down")
     if not result.healthy:
         raise typer.Exit(EXIT_FAILED)
 
 
 @secrets_app.command("show", epilog="Examples: difyops secrets show admin | "
-                     "difyops secrets show DIFY_DB_PASSWORD")  # fmt: skip
+                     "difyops secrets show app")  # fmt: skip
 def secrets_show(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="`admin`, or a name in secrets.env.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="`admin`, `app` (the key of the sample app), or a name in secrets.env."
+        ),
+    ],
 ) -> None:
     """Print one secret."""
     from difyops import report
 
+    deployment = _load(context)
+    if name == "app":
+        from difyops import proof
+
+        report.emit(proof.app_key(deployment).reveal())
+        return
     wanted = {"admin": "ADMIN_PASSWORD", "model": "MODEL_API_KEY"}.get(name, name)
-    report.emit(_load(context).secrets[wanted].reveal())
+    report.emit(deployment.secrets[wanted].reveal())
 
 
 @secrets_app.command("apply", epilog="Example: difyops secrets apply")
@@ -400,7 +420,7 @@ def _run(given: list[str]) -> int:
         if "--debug" in given:
             raise
         return _explain(error, given)
-    if code == INTERRUPTED:  # Typer makes this of Ctrl-C itself, and says nothing
+    if code == INTERRUPTED and "logs" not in given:  # Typer makes this of Ctrl-C, and is silent
         typer.echo("\ninterrupted; what was done is kept, the same command goes on", err=True)
     return code if isinstance(code, int) else 0
 

@@ -159,9 +159,8 @@ def select(checks: Sequence[Check], only: Sequence[str]) -> list[Check]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean `{near[0]}`? " if near else ""
-            raise UsageError(
-                f"no check is called {name!r}", f"{hint}checks: {', '.join(sorted(known))}"
-            )
+            topics = ", ".join(dict.fromkeys(check.topic for check in checks))
+            raise UsageError(f"no check is called {name!r}", f"{hint}topics: {topics}")
     chosen = {check.id for check in checks if check.id in only or check.topic in only}
     for check in reversed(checks):
         if check.id in chosen:

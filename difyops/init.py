@@ -47,6 +47,11 @@ def run(
     Raises UsageError for a wrong answer, before anything is written.
     """
     paths = Paths(root.resolve())
+    if (paths.data / "postgres" / "PG_VERSION").exists() and not paths.secrets.exists():
+        raise UsageError(
+            f"{paths.secrets} is missing, and data/ was made with it",
+            "put it back from a backup: the databases, the account and stored keys need its values",
+        )
     text = None
     if _exists(paths.settings):
         if answers:

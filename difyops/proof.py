@@ -96,9 +96,17 @@ def wire(deployment: Deployment, progress: Progress) -> WireReport:
         progress.failed("wire", error.message, time.monotonic() - began)
         raise
     changed = [name for name, change in report.changes.items() if change != "same"]
-    detail = f"{len(changed)} of {len(report.changes)} objects made or changed"
+    same = len(report.changes) - len(changed)
+    detail = f"{len(changed)} objects made or changed, {same} as they were"
     progress.finished("wire", detail, time.monotonic() - began)
     return report
+
+
+def app_key(deployment: Deployment) -> Secret:
+    """The key of the sample app, as Dify keeps it. Raises DifyopsError without one."""
+    from difyops import wire as wiring
+
+    return wiring.existing(target(deployment)).api_key
 
 
 def chat(deployment: Deployment) -> ChatProof:

@@ -284,8 +284,8 @@ def preflight(report: Report) -> None:
 
 
 def brought_up(result: BroughtUp) -> None:
-    """Doctor's table to stderr, then what there is now and what was proved."""
-    if result.report is not None:
+    """What there is now and what was proved; before it doctor's findings, if there are any."""
+    if result.report is not None and (result.report.count("fail") or result.report.count("warn")):
         doctor(result.report, stderr=True)
     for line in result.lines():
         emit(line)

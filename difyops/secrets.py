@@ -90,7 +90,10 @@ class Secrets:
             return self._values[name]
         except KeyError:
             raise UsageError(
-                f"{self.path.name}: {name} is missing", "run `difyops init` to add what is missing"
+                f"{self.path.name}: {name} is missing",
+                "difyops init adds what a deployment needs"
+                if name in GENERATORS
+                else f"there are: admin, app, {', '.join(self.names())}",
             ) from None
 
     def get(self, name: str) -> Secret | None:

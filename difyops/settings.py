@@ -251,12 +251,22 @@ class Settings(_Section):
         return self
 
 
+def _elsewhere(folder: Path) -> str:
+    """Where a person may have meant: a deployment above or below, or else a new one."""
+    near = [p for p in folder.resolve().parents if (p / "difyops.yaml").exists()]
+    if folder.is_dir():
+        near += sorted(p.parent for p in folder.glob("*/difyops.yaml"))
+    if near:
+        return f"did you mean `difyops -C {near[0]} …`?"
+    return f"go to your deployment directory, or make one: difyops init {folder}"
+
+
 def load(path: Path) -> Settings:
     """Read and check difyops.yaml. Raises UsageError naming the key path and what was expected."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UsageError(f"{path} is missing", f"difyops init {path.parent}") from None
+        raise UsageError(f"{path} is missing", _elsewhere(path.parent)) from None
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{path.name}: not UTF-8 at byte {error.start}", "save it as UTF-8"

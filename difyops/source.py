@@ -149,7 +149,8 @@ def _tell(rendered: list[render.Rendered], progress: Progress) -> None:
     for file in rendered:
         if file.verb == "kept":
             progress.note(
-                f"{file.path}: kept as you edited it (difyops render --diff; --force overwrites)"
+                f"{file.path}: kept as you edited it (difyops render --diff shows how, "
+                "difyops render --force overwrites)"
             )
 
 

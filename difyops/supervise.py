@@ -12,15 +12,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from difyops import identity
-from difyops.core import Deployment, NotReady, Plan, Progress, Service
+from difyops import identity, releases
+from difyops.core import Deployment, NotReady, Paths, Plan, Progress, Service
 from difyops.errors import DifyopsError, PrerequisiteError, StepError
 from difyops.files import tail
 from difyops.plan import MARKER, socket_path, starts_file
+from difyops.secrets import Secrets
+from difyops.settings import Settings
 
 if TYPE_CHECKING:
     import psutil
@@ -126,7 +129,7 @@ class Supervisor:
         """End processes of this deployment that no supervisord owns. -> what was ended."""
         import psutil
 
-        left = list(self._strays())
+        left = self.strays()
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 # INT is Postgres' fast shutdown; the others end on TERM.
@@ -139,13 +142,12 @@ class Supervisor:
         _after(5, left)
         return sorted(f"{p.pid}" for p in left)
 
-    def _strays(self) -> Iterator[psutil.Process]:
+    def strays(self) -> list[psutil.Process]:
+        """Processes of this deployment, whoever started them."""
         import psutil
 
         me = os.getpid()
-        for process in psutil.process_iter():
-            if process.pid != me and self._marked(process):
-                yield process
+        return [p for p in psutil.process_iter() if p.pid != me and self._marked(p)]
 
     def _marked(self, process: psutil.Process) -> bool:
         import psutil
@@ -279,7 +281,7 @@ def make_folders(deployment: Deployment) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if user:
             folder.chmod(0o755)  # a strict umask must not lock the service's user out
-    for name in ("valkey", "storage", "home"):
+    for name in ("valkey", "storage", "home", "tmp"):
         identity.hand_over(paths.data / name, user)
     identity.hand_over(paths.data, user, 0o755)
     # Only we write here: the socket that commands supervisord is in it.
@@ -296,8 +298,22 @@ def stop_all(deployment: Deployment, plan: Plan, progress: Progress) -> None:
         stop(supervisor, sorted(known - planned), progress)
         stop_waves(supervisor, [s for s in plan.services if s.name in known], progress)
         supervisor.shutdown()
+    elif not supervisor.strays():
+        progress.note("nothing of this deployment is running")
     for pid in supervisor.reap():
         progress.note(f"ended a left-over process, pid {pid}")
+
+
+def stop_unread(root: Path) -> None:
+    """Stop what runs in a directory whose settings or secrets cannot be read: all at once."""
+    paths = Paths(root)
+    if not paths.run.exists():
+        return
+    nobody = Secrets({}, paths.secrets)
+    release = releases.get(Settings().dify.version)
+    supervisor = Supervisor(Deployment(paths, Settings(), nobody, release, None))
+    supervisor.shutdown()
+    supervisor.reap()
 
 
 def stop(supervisor: Supervisor, names: Sequence[str], progress: Progress) -> None:

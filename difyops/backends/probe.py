@@ -221,7 +221,10 @@ def _explained(base_url: str) -> Iterator[None]:
     try:
         yield
     except requests.ConnectionError as error:
-        raise DifyopsError(f"{base_url} cannot be reached", "is the model server up?") from error
+        raise DifyopsError(
+            f"{base_url} cannot be reached",
+            "start it (one of ours: difyops up --source), or set model.url in difyops.yaml",
+        ) from error
     except requests.Timeout as error:
         raise DifyopsError(f"{base_url} does not answer in time") from error
     except requests.RequestException as error:

@@ -14,6 +14,21 @@ from difyops.services import model
 check = Registry()
 
 
+@check(
+    "model.url",
+    why="everything would be installed, and then wait for a model that does not answer",
+    preflight=True,
+)
+def url(deployment: Deployment) -> Finding:
+    """The model that somebody else serves: it has to be there before we begin."""
+    if deployment.settings.model.backend != "external":
+        return ok(f"{deployment.settings.model.name}, served here")
+    try:
+        return ok(model.ready_elsewhere(deployment))
+    except NotReady as reason:
+        return fail(str(reason), "start that server, or set model.url in difyops.yaml")
+
+
 @check("model.up", why="Dify has nothing to answer from without its model")
 def up(deployment: Deployment) -> Finding:
     try:

@@ -140,6 +140,7 @@ def _environment_of_a_process(deployment: Deployment) -> dict[str, str | Secret]
         "HOME": str(deployment.paths.data / "home"),
         # The environment in opt/ is not the service's to write to; compiled code is kept here.
         "PYTHONPYCACHEPREFIX": str(deployment.paths.data / "home" / "pycache"),
+        "TMPDIR": str(deployment.paths.data / "tmp"),
         "LANG": "C.UTF-8",
         "TZ": "UTC",
         "NO_PROXY": ",".join(hosts),

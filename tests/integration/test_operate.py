@@ -188,3 +188,27 @@ def test_paths(new, standin, name):
         assert psutil.Process(pid).environ()["DIFYOPS_DEPLOYMENT"] == str(cli.root)
     assert cli("down").returncode == 0
     eventually(lambda: left(cli.root) == [])
+
+
+def test_a_typo_in_the_settings_does_not_keep_services_running(new, standin):
+    cli = new(**without_model(standin))
+    assert cli("up", "--source").returncode == 0
+    path = cli.root / "difyops.yaml"
+    whole = path.read_text()
+    path.write_text(whole + "typo: 1\n")
+    result = cli("down")
+    assert result.returncode == 2
+    assert "typo: unknown key" in result.stderr
+    eventually(lambda: not left(cli.root), 10)
+    path.write_text(whole)
+    result = cli("down")
+    assert result.returncode == 0
+    assert "nothing of this deployment is running" in result.stderr
+
+
+def test_an_external_model_that_does_not_answer_is_said_before_anything_is_done(new):
+    cli = new(**without_model("http://127.0.0.1:9"))
+    result = cli("up", "--source")
+    assert result.returncode == 3
+    assert "model.url" in result.stderr and "set model.url in difyops.yaml" in result.stderr
+    assert not (cli.root / "opt/postgres").exists()

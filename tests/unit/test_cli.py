@@ -93,8 +93,18 @@ def test_a_missing_directory_says_how_to_make_it(
     assert main("-C", tmp_path / "missing", "status") == 2
     assert capsys.readouterr().err.splitlines() == [
         f"error: {tmp_path}/missing/difyops.yaml is missing",
-        f"  Fix: difyops init {tmp_path}/missing",
+        f"  Fix: go to your deployment directory, or make one: difyops init {tmp_path}/missing",
     ]
+
+
+@pytest.mark.parametrize("here", [".", "mine/etc"])
+def test_a_deployment_nearby_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], here: str
+) -> None:
+    (tmp_path / "mine" / "etc").mkdir(parents=True)
+    (tmp_path / "mine" / "difyops.yaml").write_text("")
+    assert main("-C", tmp_path / here, "status") == 2
+    assert f"did you mean `difyops -C {tmp_path}/mine …`?" in capsys.readouterr().err
 
 
 def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:

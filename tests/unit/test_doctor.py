@@ -137,7 +137,7 @@ def test_an_unknown_name_is_a_usage_error_with_the_nearest_one():
         doctor.select(checks.ALL, ["pg.hbo"])
     assert error.value.exit_code == 2
     assert "did you mean `pg.hba`?" in error.value.hint
-    assert "celery.queues" in error.value.hint
+    assert "celery" in error.value.hint
 
 
 # --- the checks themselves ------------------------------------------------------------------------

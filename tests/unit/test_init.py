@@ -298,3 +298,13 @@ def test_a_key_in_a_persons_own_writing_is_left_to_them(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"dify\.enabled is false"):
         init.enable_dify(path)
     assert path.read_text() == "dify:\n  enabled: no  # later\n"
+
+
+def test_lost_secrets_are_not_made_anew_for_data_of_the_old_ones(tmp_path: Path) -> None:
+    init.run(tmp_path, {}, dict)
+    (tmp_path / "data/postgres").mkdir(parents=True)
+    (tmp_path / "data/postgres/PG_VERSION").write_text("16\n")
+    (tmp_path / "secrets.env").unlink()
+    with pytest.raises(UsageError, match="data/ was made with it"):
+        init.run(tmp_path, {}, dict)
+    assert not (tmp_path / "secrets.env").exists()

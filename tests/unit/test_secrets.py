@@ -136,6 +136,9 @@ def test_a_missing_one_is_named(tmp_path: Path) -> None:
     path.chmod(0o600)
     with pytest.raises(UsageError, match=r"secrets\.env: A is missing") as caught:
         Secrets.load(path)["A"]
+    assert "there are: admin, app" in (caught.value.hint or "")
+    with pytest.raises(UsageError, match="REDIS_PASSWORD is missing") as caught:
+        Secrets.load(path)["REDIS_PASSWORD"]
     assert "difyops init" in (caught.value.hint or "")
     assert Secrets.load(path).get("A") is None
     path.write_bytes(b"A=\xff\n")
