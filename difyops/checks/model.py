@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from difyops.checks.looking import UP, again, is_ours, listeners
 from difyops.core import Deployment, NotReady
-from difyops.doctor import Finding, Registry, fail, ok, skip
+from difyops.doctor import Finding, Registry, fail, ok, skip, warn
 from difyops.errors import DifyopsError
 from difyops.services import model
 
@@ -26,7 +26,9 @@ def url(deployment: Deployment) -> Finding:
     try:
         return ok(model.ready_elsewhere(deployment))
     except NotReady as reason:
-        return fail(str(reason), "start that server, or set model.url in difyops.yaml")
+        fix = "start that server, or set model.url in difyops.yaml"
+        # A server that answers 503 is loading: `up` waits for it.
+        return warn(str(reason), fix) if " answered 503" in str(reason) else fail(str(reason), fix)
 
 
 @check("model.up", why="Dify has nothing to answer from without its model")
