@@ -56,13 +56,16 @@ def test_system_postgres_without_pgvector_is_refused(new, standin):
     _refused(cli, "no extension vector", "postgresql-<major>-pgvector", "postgres.provider: wheel")
 
 
-def test_system_postgres_with_pgvector(new, standin):
-    folder = _debian(pgvector=True)
-    if folder is None:
-        pytest.skip("this machine has no Postgres 15-17 with pgvector")
+def test_system_postgres_with_pgvector(new, standin, stack):
+    """The machine's own, or else one that was installed on it before: another deployment's."""
+    folder = _debian(pgvector=True) or (stack.paths.opt / "postgres/bin").resolve()
     cli = new(postgres={"provider": "system", "bin": str(folder)}, **without_model(standin))
     result = cli("up", "--source")
     assert result.returncode == 0, result.stderr
+    assert "(system)" in result.stderr
+    assert (cli.root / "opt/postgres/bin").resolve() == folder
+    with postgres.connect(load(cli.root)) as session:
+        assert session.execute("select uuid_generate_v4() is not null").fetchone()[0]
 
 
 @pytest.mark.parametrize("major", [14, 18])
