@@ -12,6 +12,7 @@ from difyops import poetry_lock, trees
 from difyops.core import Deployment
 from difyops.errors import PrerequisiteError, StepError
 from difyops.files import digest
+from difyops.identity import as_user
 from difyops.interpreters import find_interpreter, probe_all
 from difyops.steplog import StepLog
 
@@ -145,11 +146,9 @@ def _version(python: Path, deployment: Deployment) -> str:
         stdin=subprocess.DEVNULL,
         cwd="/",
         text=True,
-        user=user.uid if user else None,
-        group=user.gid if user else None,
-        extra_groups=[] if user else None,
+        **as_user(user),
     )
-    return answer.stdout.strip()
+    return str(answer.stdout).strip()
 
 
 def _remedy(error: StepError, index: str | None) -> str:

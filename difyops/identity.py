@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from difyops.core import User
 from difyops.errors import PrerequisiteError, UsageError
@@ -75,14 +75,18 @@ def create(name: str) -> User:
     return user
 
 
+def as_user(user: User | None) -> dict[str, Any]:
+    """The arguments with which `subprocess` gives up root for `user`: its uid, its group, and none
+    of root's further groups. Empty when there is no root to give up."""
+    return {"user": user.uid, "group": user.gid, "extra_groups": []} if user else {}
+
+
 def can(user: User | None, test: Literal["r", "w", "x"], path: Path) -> bool:
     """Whether `user` may read, write or execute (enter) a path, all parents included."""
     if user is None:
         return os.access(path, {"r": os.R_OK, "w": os.W_OK, "x": os.X_OK}[test])
     command = ["test", f"-{test}", str(path)]
-    done = subprocess.run(
-        command, user=user.uid, group=user.gid, extra_groups=[], cwd="/", check=False
-    )
+    done = subprocess.run(command, **as_user(user), cwd="/", check=False)
     return done.returncode == 0
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from difyops.core import User
 from difyops.errors import PrerequisiteError
+from difyops.identity import as_user
 
 # What Dify's packages import and what a home-made Python tends to lack.
 _MODULES = ("bz2", "ctypes", "sqlite3", "ssl", "zlib")
@@ -112,9 +113,7 @@ def probe(candidate: Path, requires: str, user: User | None) -> Interpreter | st
             cwd="/",
             text=True,
             timeout=20,
-            user=user.uid if user else None,
-            group=user.gid if user else None,
-            extra_groups=[] if user else None,
+            **as_user(user),
         )
         kind, version, base, lacks = json.loads(answer.stdout.splitlines()[-1])
     except OSError as error:

@@ -19,11 +19,11 @@ def pages() -> dict[str, str]:
     """File name -> text of every generated page."""
     from difyops import checks
 
-    made = {"settings.md": settings_markdown(), "cli.md": cli_markdown()}
-    table = getattr(checks, "table", None)
-    if table:
-        made["doctor.md"] = table()
-    return made
+    return {
+        "settings.md": settings_markdown(),
+        "cli.md": cli_markdown(),
+        "doctor.md": checks.table(),
+    }
 
 
 # --- difyops.yaml ---------------------------------------------------------------------------------

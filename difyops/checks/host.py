@@ -11,6 +11,7 @@ from difyops import identity
 from difyops.checks.looking import UP, as_root, quoted
 from difyops.core import Deployment
 from difyops.doctor import Finding, Registry, fail, ok, skip, warn
+from difyops.identity import as_user
 
 check = Registry()
 
@@ -224,9 +225,7 @@ def storage(deployment: Deployment) -> Finding:
     user = deployment.user
     done = subprocess.run(
         ["sh", "-c", _TRY, "sh", str(folder)],
-        user=user.uid if user else None,
-        group=user.gid if user else None,
-        extra_groups=[] if user else None,
+        **as_user(user),
         cwd="/",
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ from difyops import checkout, dify_python, dify_tree, loopback
 from difyops.core import Deployment, NotReady, Process, Service, Step
 from difyops.errors import PrerequisiteError
 from difyops.files import digest
+from difyops.identity import as_user
 from difyops.secrets import Secret
 from difyops.services import postgres, valkey
 
@@ -63,9 +64,7 @@ def run_python(
         asked.argv,
         env={**asked.plain_env(), **(env or {})},
         cwd="/",
-        user=user.uid if user else None,
-        group=user.gid if user else None,
-        extra_groups=[] if user else None,
+        **as_user(user),
         capture_output=True,
         text=True,
         timeout=30,

@@ -17,6 +17,7 @@ from difyops import text
 from difyops.core import Deployment, File, NotReady, Process, Service, Step
 from difyops.errors import PrerequisiteError, StepError
 from difyops.files import digest
+from difyops.identity import as_user
 from difyops.secrets import Secret
 from difyops.services import pg_binaries
 
@@ -391,9 +392,7 @@ def apply_passwords(deployment: Deployment, log: StepLog) -> str:
         capture_output=True,
         cwd=data,
         env={"LC_ALL": "C"},
-        user=deployment.user.uid if deployment.user else None,
-        group=deployment.user.gid if deployment.user else None,
-        extra_groups=[] if deployment.user else None,
+        **as_user(deployment.user),
         check=False,
     )  # fmt: skip
     output = re.sub(re.escape(quoted), "********", done.stdout + done.stderr)
