@@ -120,6 +120,8 @@ def connection(url: str, key: Secret | None) -> dict[str, Any]:
         "base_url": url.rstrip("/") + "/",
         "headers": headers,
         "timeout": httpx.Timeout(SILENCE, connect=10),
+        # llama.cpp closes connections when it likes; one that is reused may be a dead one.
+        "limits": httpx.Limits(max_connections=None, max_keepalive_connections=0),
         # A proxy of the environment has no business on loopback.
         "trust_env": parts.hostname not in ("127.0.0.1", "localhost", "::1"),
     }

@@ -96,9 +96,8 @@ class HttpServer:
     async def _measure(self, prompts: Sequence[list[Message]], streams: int, tokens: int) -> Round:
         options = {"max_tokens": tokens, "temperature": 0, **self._extra}
         bodies = iter([chat_body(self._endpoint.model, p, options) for p in prompts])
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=streams)
         settings = connection(self._endpoint.url, self._endpoint.key)
-        async with httpx.AsyncClient(**settings, limits=limits) as client:
+        async with httpx.AsyncClient(**settings) as client:
             began = time.perf_counter()
             done = await asyncio.gather(*(self._stream(client, bodies) for _ in range(streams)))
             seconds = time.perf_counter() - began

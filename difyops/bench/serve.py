@@ -118,8 +118,8 @@ class Comparison:
         for url in wanted.urls:
             said.append(f"{url} was started by others, with threads and precision of its own")
         said += [line for row in measured for line in _uneven(row, wanted)]
-        failed = [(row.server, row.missing) for row in self.rows if row.missing]
-        return said + [f"{server} was not measured: {why}" for server, why in dict(failed).items()]
+        failed = dict.fromkeys((row.server, row.missing) for row in self.rows if row.missing)
+        return said + [f"{server} was not measured: {why}" for server, why in failed]
 
 
 def run(wanted: Wanted, progress: Progress) -> Comparison:

@@ -97,6 +97,12 @@ def test_what_is_no_url(url: str) -> None:
         connection(url, None)
 
 
+def test_no_connection_is_reused_and_no_proxy_asked_on_loopback() -> None:
+    assert connection(URL, None)["limits"].max_keepalive_connections == 0
+    assert connection(URL, None)["trust_env"]
+    assert not connection("http://127.0.0.1:1/v1", None)["trust_env"]
+
+
 def test_a_key_that_no_header_can_carry() -> None:
     with pytest.raises(UsageError) as caught:
         connection(URL, Secret("geheim\n"))
