@@ -168,7 +168,7 @@ def test_a_later_token_changes_nothing_before_it(kind: tuple[str, dict[str, Any]
     bench, x = Bench.of(*kind), tokens(150)
     before = bench.prefill({bench.slot(): x})
     for at in (1, 33, 64, 149):
-        changed = torch.cat((x[:at], 100 * tokens(150 - at, seed=6)))
+        changed = torch.cat((x[:at], 3000 * tokens(150 - at, seed=6)))
         slot = bench.slot()
         after = bench.prefill({slot: changed})[slot]
         assert error(after[:at], next(iter(before.values()))[:at]) < EXACT

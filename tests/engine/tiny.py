@@ -79,7 +79,8 @@ def model(
     made = native.build(keys).to(dtype).requires_grad_(False)
     for name, parameter in made.named_parameters():
         if parameter.dim() > 1:
-            parameter.normal_(std=1.0 if name.startswith("embed") else parameter.shape[1] ** -0.5)
+            # Tied embeddings as large as what the layers add would only say the last token again.
+            parameter.normal_(std=0.5 if name == "embed.weight" else 2 * parameter.shape[1] ** -0.5)
         else:
             parameter.add_(0.1 * torch.randn_like(parameter))
     return made.eval(), keys

@@ -13,7 +13,7 @@ from difyops.engine.state import StateSpec, TensorSpec
 
 
 class Diag(HeadMixer):
-    """The token at position p sees the positions from ⌊p / block⌋ · block to p (section 4.2).
+    """The token at position p sees the positions from ⌊p / block⌋ · block to p.
 
     The state is the current block's keys and values, each at its position modulo the block; what
     stands behind the sequence's length there is older and hidden. It is no sum, so it has the

@@ -16,7 +16,7 @@ from difyops.engine.state import StateSpec, TensorSpec
 
 
 class Norm(HeadMixer):
-    """O = RMSNorm(φ(Q) (φ(K)ᵀ V)), causal, φ(x) = elu(x) + 1, over all heads together (eq. 11).
+    """O = RMSNorm(φ(Q) (φ(K)ᵀ V)), causal, φ(x) = elu(x) + 1, over all heads together.
     Without a denominator its gradients are bounded."""
 
     class Options(HeadOptions):

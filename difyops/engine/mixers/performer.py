@@ -71,7 +71,7 @@ def log_features(x: Tensor, projection: Tensor) -> Tensor:
 
 def projection(features: int, dim: int, seed: int) -> Tensor:
     """ω: [features, dim], float64. The rows of each block of `dim` are orthogonal, each by itself
-    is a standard normal vector: its direction is uniform, its length χ-distributed (section 3.2).
+    is a standard normal vector: its direction is uniform, its length χ-distributed.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
 

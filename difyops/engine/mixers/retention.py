@@ -23,8 +23,8 @@ class Retention(HeadMixer):
     """
 
     class Options(HeadOptions):
-        """`rotary_dim`: the paper's e^{inθ}; xPos's decay is g. With
-        `kv_heads`, g is a key head's."""
+        """`rotary_dim`: the paper's e^{inθ}, to which g is the decay. With `kv_heads`, query heads
+        that share keys share g."""
 
         norm_eps: float = Field(1e-6, gt=0)
 
