@@ -33,7 +33,7 @@ def main() -> int:
         with process.listen(config.host, config.port) as listener:
             return asyncio.run(_serve(config, listener))
     except DifyopsError as error:
-        log.error("%s%s", error.message, f" ({error.hint})" if error.hint else "")
+        process.log_error(log, error)
         return error.exit_code
 
 

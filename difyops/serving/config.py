@@ -84,9 +84,14 @@ def validate(kind: type[Kind], text: str, name: str) -> Kind:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{name}: {where + ': ' if where else ''}{first['msg']}") from None
+        raise UsageError(f"{name}: {first_error(error)}") from None
+
+
+def first_error(error: ValidationError) -> str:
+    """The key path and what is wrong there; never the value."""
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where + ': ' if where else ''}{first['msg']}"
 
 
 def read_private(path: Path) -> str:

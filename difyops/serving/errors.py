@@ -111,6 +111,21 @@ def loading() -> ApiError:
     )
 
 
+def queue_full(waiting: int, retry_after: int) -> ApiError:
+    """`retry_after` is in seconds."""
+    return ApiError(
+        429,
+        f"{waiting} requests are waiting already; try again in {retry_after} s",
+        code="queue_full",
+        kind="rate_limit_error",
+        headers={"Retry-After": str(retry_after)},
+    )
+
+
+def engine_failed(why: str) -> ApiError:
+    return ApiError(500, why, code="engine_failed", kind="server_error")
+
+
 def stopping() -> ApiError:
     return ApiError(503, "the server is stopping", code="server_stopping", kind="server_error")
 

@@ -15,7 +15,7 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
-from difyops.errors import PrerequisiteError
+from difyops.errors import DifyopsError, PrerequisiteError
 
 #: Seconds after SIGTERM: running requests are first left to finish, then end with an error that
 #: says why, and at the very last are cancelled. With the rest of the shutdown it stays below five.
@@ -60,6 +60,10 @@ def log_to_stderr() -> None:
     # httpx logs each request it makes, at INFO; uvicorn says how it starts and stops.
     for noisy in ("httpx", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def log_error(log: logging.Logger, error: DifyopsError) -> None:
+    log.error("%s%s", error.message, f" ({error.hint})" if error.hint else "")
 
 
 def require(packages: Iterable[str], extra: str) -> None:
