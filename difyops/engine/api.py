@@ -48,7 +48,7 @@ def create_app(service: Service) -> Starlette:
 async def health(request: Request) -> Response:
     service = _service(request)
     if service.ready and not service.draining:
-        return JSONResponse({"status": "ok", "models": service.ids()})
+        return JSONResponse({"status": "ok", "models": service.config.ids()})
     status = "stopping" if service.draining else "loading"
     return JSONResponse({"status": status}, 503, headers={"Retry-After": "1"})
 
@@ -67,7 +67,7 @@ async def show_model(request: Request) -> Response:
     for entry in service.describe():
         if entry["id"] == name:
             return JSONResponse(entry)
-    raise errors.unknown_model(name, service.ids())
+    raise errors.unknown_model(name, service.config.ids())
 
 
 async def chat(request: Request) -> Response:
@@ -85,7 +85,7 @@ async def embed(request: Request) -> Response:
     name = model_name(fields)
     embedder = service.embedder
     if service.config.embedding is None or embedder is None or name != service.config.embedding.id:
-        raise errors.wrong_model(name, service.ids(), "embeddings", "chat/completions")
+        raise errors.wrong_model(name, service.config.ids(), "embeddings", "completions")
     return await answer_embedding(request, fields, embedder, service.stopping)
 
 
@@ -100,7 +100,7 @@ async def _generate(
         name = model_name(fields)
         llm = service.llm
         if llm is None or name != llm.id:
-            raise errors.wrong_model(name, service.ids(), "completions", "embeddings")
+            raise errors.wrong_model(name, service.config.ids(), "completions", "embeddings")
         asked = parse(kind, fields)
         # A long prompt or a new grammar takes a while, which other clients' tokens need not wait.
         job = await asyncio.to_thread(make, llm, asked)

@@ -61,6 +61,10 @@ class EngineConfig(Config):
             raise ValueError("api_key is empty; leave it out to let every client in")
         return self
 
+    def ids(self) -> list[str]:
+        """The models, as clients name them."""
+        return [m.id for m in (self.llm, self.embedding) if m is not None]
+
     @property
     def key(self) -> str | None:
         return self.api_key.get_secret_value() if self.api_key is not None else None

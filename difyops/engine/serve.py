@@ -104,7 +104,7 @@ async def _keep(service: Service, server: _Server) -> int:
     """Load, then watch. Returns only when the service cannot go on, with the exit code."""
     began = time.monotonic()
     try:
-        await _in_thread(lambda: _load(service))
+        await _in_thread(lambda: load(service))
     except DifyopsError as error:
         process.log_error(log, error)
         code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_CANNOT_START
@@ -124,8 +124,8 @@ async def _keep(service: Service, server: _Server) -> int:
     return code
 
 
-def _load(service: Service) -> None:
-    """Raises DifyopsError."""
+def load(service: Service) -> None:
+    """Load and warm what the configuration names; blocking. Raises DifyopsError."""
     config = service.config
     if (embedding := config.embedding) is not None:
         from difyops.serving.embedder import Embedder
@@ -142,10 +142,10 @@ def open_llm(config: LlmConfig) -> Llm:
     """A loaded model whose engine runs and is warm. Raises DifyopsError."""
     import torch
 
+    from difyops.engine import load as checkpoints
     from difyops.engine.chat import ChatTemplate
     from difyops.engine.grammar import Grammars
     from difyops.engine.intake import Llm
-    from difyops.engine.load import load
     from difyops.engine.runner import Engine
     from difyops.engine.sources import resolve
 
@@ -154,7 +154,7 @@ def open_llm(config: LlmConfig) -> Llm:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     path = resolve(config.model, config.cache or default_cache(), log.info)
-    loaded = load(path, dtype=config.dtype, device=device)
+    loaded = checkpoints.load(path, dtype=config.dtype, device=device)
     words = loaded.tokenizer
     if config.context is not None and config.context > loaded.context:
         log.warning("%s: %d tokens of context were asked for", config.id, config.context)

@@ -33,9 +33,6 @@ class Service:
     inbox: Inbox = field(default_factory=Inbox)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def ids(self) -> list[str]:
-        return [m.id for m in (self.config.llm, self.config.embedding) if m is not None]
-
     def describe(self) -> list[dict[str, Any]]:
         """Entries of `/v1/models`; lengths in tokens."""
         entries = []

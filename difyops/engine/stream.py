@@ -111,7 +111,7 @@ class Answer(Response):
         tail = b',"usage":null}\n\n' if self._asked.usage_in_stream else b"}\n\n"
         while not self._ended:
             chunks = await self._next()
-            if not self._started:
+            if chunks and not self._started:
                 self._started = True
                 await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             events = [b'data: %b,"choices":[%b]%b' % (head, _json(c), tail) for c in chunks]
@@ -138,7 +138,10 @@ class Answer(Response):
         arrived = [await self._outputs.get()]
         while not self._outputs.empty():
             arrived.append(self._outputs.get_nowait())
-        return [chunk for index, output in arrived for chunk in self._take(index, output)]
+        chunks = [chunk for index, output in arrived for chunk in self._take(index, output)]
+        if self._error is not None and not chunks:
+            raise self._error
+        return chunks
 
     def _take(self, index: int, output: Output) -> list[Json]:
         choice = self._job.choices[index]
