@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from difyops.engine.request import Output
 
 #: The outputs of one answer, each with the index of its choice.
 Outputs = asyncio.Queue[tuple[int, Output]]
+
+
+#: Seconds between two hand-overs, for each answer in the first: about what it costs to send them,
+#: so that Python's lock is the engine's for half of the time at least.
+_PAUSE_EACH = 0.0001
+_PAUSE_MOST = 0.02
 
 
 class Inbox:
@@ -32,14 +38,37 @@ class Inbox:
             self._arrived.append((outputs, index, output))
             if not self._woken:
                 self._woken = True
-                self._loop.call_soon_threadsafe(self._sort)
+                self._loop.call_soon_threadsafe(self._hand_over)
 
         return put
 
-    def _sort(self) -> None:
+    def _hand_over(self) -> None:
         # First the flag and then the work: what comes in between causes one wake-up too many, and
         # never one too few.
         self._woken = False
+        answers = set()
         while self._arrived:
             outputs, index, output = self._arrived.popleft()
             outputs.put_nowait((index, output))
+            answers.add(id(outputs))
+        if answers:
+            self._woken = True
+            pause = min(_PAUSE_EACH * len(answers), _PAUSE_MOST)
+            self._loop.call_later(pause, self._hand_over)
+
+
+def merged(arrived: Iterable[tuple[int, Output]]) -> list[tuple[int, Output]]:
+    """The outputs of each index as one, in the order of their first: fewer events to write."""
+    whole: dict[int, Output] = {}
+    for index, new in arrived:
+        if (old := whole.get(index)) is None:
+            whole[index] = new
+        else:
+            whole[index] = Output(
+                old.text + new.text,
+                old.tokens + new.tokens,
+                old.logprobs + new.logprobs,
+                new.finish,
+                new.error,
+            )
+    return list(whole.items())

@@ -28,7 +28,7 @@ class Metrics:
             "time_to_first_token_seconds", "From a request's arrival to its first text.", _FIRST
         )
         self.inter_token = self._histogram(
-            "inter_token_latency_seconds", "From one token of a choice to its next.", _TOKEN
+            "inter_token_latency_seconds", "Between two pieces of a choice, by its tokens.", _TOKEN
         )
         self.whole = self._histogram(
             "request_duration_seconds", "From a request's arrival to its end.", _WHOLE

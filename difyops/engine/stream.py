@@ -7,13 +7,14 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from difyops.engine.answer import Json, usage
-from difyops.engine.inbox import Outputs
+from difyops.engine.inbox import Outputs, merged
 from difyops.engine.intake import Job, Llm
 from difyops.engine.protocol import ChatRequest, GenerationRequest
 from difyops.engine.request import EngineStopped, FinishReason, Output, QueueFull
@@ -138,7 +139,7 @@ class Answer(Response):
         arrived = [await self._outputs.get()]
         while not self._outputs.empty():
             arrived.append(self._outputs.get_nowait())
-        chunks = [chunk for index, output in arrived for chunk in self._take(index, output)]
+        chunks = [chunk for index, output in merged(arrived) for chunk in self._take(index, output)]
         if self._error is not None and not chunks:
             raise self._error
         return chunks
@@ -149,7 +150,9 @@ class Answer(Response):
             return []
         if output.finish in (FinishReason.ERROR, FinishReason.CANCELLED):
             self._error = errors.engine_failed(output.error or "the request was cancelled")
-            return []
+            output = replace(output, finish=None)  # what came before it is still to be shown
+            if not output.tokens:
+                return []
         self._observe(index, output)
         chunks = choice.push(output)
         if choice.finish is not None:
