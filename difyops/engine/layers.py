@@ -1,0 +1,67 @@
+"""What mixers and families share: norms, the gated MLP, rotary positions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for sums and states: float32, or float64 where everything is."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (weight + offset), over the last dimension (arXiv:1910.07467).
+
+    Qwen3.5 stores weights around 0, so its `offset` is 1.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+        self.eps = eps
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.to(wide(x.dtype))
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        if self.offset:
+            # Qwen3.5 multiplies before it rounds to x's dtype, Llama after.
+            return (h * (self.weight.to(h.dtype) + self.offset)).to(x.dtype)
+        return h.to(x.dtype) * self.weight
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)): SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, width: int, hidden: int, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=bias)
+        self.up_proj = nn.Linear(width, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return down
+
+
+def rotary(x: Tensor, positions: Tensor, inverse_frequencies: Tensor, scale: float = 1.0) -> Tensor:
+    """Rotate the first 2 * len(inverse_frequencies) of each head's dimensions (arXiv:2104.09864).
+
+    x: [..., H, D]; positions: [...]; the pairs are (i, i + half), as Hugging Face stores them.
+    `scale` multiplies cosine and sine (YaRN's attention factor).
+    """
+    angles = positions.to(inverse_frequencies.dtype)[..., None] * inverse_frequencies
+    cos = (angles.cos() * scale).to(x.dtype)[..., None, :]
+    sin = (angles.sin() * scale).to(x.dtype)[..., None, :]
+    half = inverse_frequencies.numel()
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+def inverse_frequencies(dims: int, theta: float) -> Tensor:
+    """theta^(-2i / dims) for each of the dims / 2 pairs, float32 as checkpoints were trained."""
+    steps = torch.arange(0, dims, 2, dtype=torch.int64, device="cpu").float() / dims
+    return 1.0 / theta**steps

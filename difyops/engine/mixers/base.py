@@ -1,0 +1,171 @@
+"""What a token mixer is: attention of any kind, with its state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from difyops.engine.layers import wide
+from difyops.engine.state import LayerState, StateSpec
+
+#: Per-token tensors by name, e.g. q: [B, T, H, Dk].
+Inputs = dict[str, Tensor]
+#: The state of some sequences by name, e.g. S: [B, H, Dk, Dv].
+Carry = dict[str, Tensor]
+
+
+class Options(BaseModel):
+    """A mixer's shape. Unknown keys are refused: a config is never half understood."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Mixer(nn.Module, ABC):
+    """One layer's mixing of tokens. Made as `Kind(width, Kind.Options(...))`.
+
+    All forms compute the same function of a sequence. x is [..., width] and so is what they
+    answer. `slots` ([B], int64) says which sequences; `state.lengths[slots]` is how many tokens
+    came before.
+    """
+
+    @abstractmethod
+    def state_spec(self) -> StateSpec:
+        """What a sequence keeps. Called once the parameters have their dtype."""
+
+    @abstractmethod
+    def prefill(self, x: Tensor, state: LayerState, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Many tokens of each sequence, packed: x [N, width]; those of slots[i] are
+        x[cu_seqlens[i]:cu_seqlens[i + 1]] (cu_seqlens: [B + 1], int64). Carries the state."""
+
+    @abstractmethod
+    def step(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
+        """One token of each sequence: x [B, width]. Carries the state."""
+
+    @abstractmethod
+    def verify(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
+        """K tokens of each sequence, the last K - 1 of them drafted: x [B, K, width].
+
+        What the next step would read is left as it is; raw inputs are kept for commit.
+        """
+
+    @abstractmethod
+    def commit(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
+        """Fold the first `accepted` ([B], 0..K) tokens of the last verify into the state."""
+
+    @abstractmethod
+    def reference(self, x: Tensor) -> Tensor:
+        """One whole sequence from an empty state, x [T, width], in the plainest form there is:
+        what every other form is tested against."""
+
+
+class RecurrentMixer(Mixer):
+    """A mixer whose state does not grow with the context.
+
+    A kind writes five things: `state_spec`, `project`, `scan`, `recur` and `emit` (and its
+    `reference`). Everything that a draft could spoil happens in scan and recur, so that verify is
+    a scan whose state is thrown away, and commit a scan over what was accepted. `state_spec` names
+    in `replay` exactly what `project` returns.
+    """
+
+    @abstractmethod
+    def project(self, x: Tensor, positions: Tensor) -> Inputs:
+        """Each token by itself: x [..., width], positions [...] -> tensors [..., *shape].
+
+        Raw: a convolution, which looks at neighbours, belongs to scan and recur.
+        """
+
+    @abstractmethod
+    def scan(self, inputs: Inputs, carry: Carry, lengths: Tensor) -> tuple[Tensor, Carry]:
+        """Chunkwise parallel: inputs [B, T, …], carry [B, …] -> out [B, T, …] and the new carry.
+
+        `lengths` ([B], 0..T): tokens behind a sequence's length leave its carry as it is; what
+        `out` holds for them does not matter. T is any number from 1 on.
+        """
+
+    @abstractmethod
+    def recur(self, inputs: Inputs, carry: Carry) -> tuple[Tensor, Carry]:
+        """One token: inputs [B, …], carry [B, …] -> out [B, …] and the new carry."""
+
+    @abstractmethod
+    def emit(self, out: Tensor, x: Tensor) -> Tensor:
+        """The layer's output from what was mixed and the layer's input: [..., width]."""
+
+    def prefill(self, x: Tensor, state: LayerState, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
+        lengths = cu_seqlens.diff()
+        within = _within(cu_seqlens, lengths)
+        positions = state.lengths[slots].repeat_interleave(lengths) + within
+        inputs = self.project(x, positions)
+        place = _places(lengths, within)
+        padded = {name: _pad(tensor, place, lengths) for name, tensor in inputs.items()}
+        out, carry = self.scan(padded, state.read(slots), lengths)
+        state.write(slots, carry)
+        return self.emit(out.flatten(0, 1)[place], x)
+
+    def step(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
+        inputs = self.project(x, state.lengths[slots])
+        out, carry = self.recur(inputs, state.read(slots))
+        state.write(slots, carry)
+        return self.emit(out, x)
+
+    def verify(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
+        count = x.shape[1]
+        inputs = self.project(x, drafted_positions(state, slots, count))
+        state.keep(slots, inputs)
+        out, _ = self.scan(inputs, state.read(slots), torch.full_like(slots, count))
+        return self.emit(out, x)
+
+    def commit(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
+        inputs = state.kept(slots, int(accepted.max()))
+        if next(iter(inputs.values())).shape[1]:
+            state.write(slots, self.scan(inputs, state.read(slots), accepted)[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parameters."""
+        return next(self.parameters()).dtype
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Sums over a whole context need more bits than the weights have."""
+        return wide(self.dtype)
+
+
+def drafted_positions(state: LayerState, slots: Tensor, count: int) -> Tensor:
+    """Positions of `count` tokens that follow each sequence: [B, count]."""
+    return state.lengths[slots][:, None] + torch.arange(count, device=slots.device)
+
+
+def within_length(lengths: Tensor, count: int) -> Tensor:
+    """Which of `count` positions lie within each length: [B] -> bool [B, count]."""
+    return torch.arange(count, device=lengths.device) < lengths[:, None]
+
+
+def _within(cu_seqlens: Tensor, lengths: Tensor) -> Tensor:
+    """Each packed token's index in its own sequence: [N]."""
+    total = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+    return total - cu_seqlens[:-1].repeat_interleave(lengths)
+
+
+def _places(lengths: Tensor, within: Tensor) -> Tensor:
+    """Each packed token's row in [B * longest]: [N]."""
+    rows = torch.arange(lengths.numel(), device=lengths.device) * lengths.max()
+    return rows.repeat_interleave(lengths) + within
+
+
+def _pad(packed: Tensor, place: Tensor, lengths: Tensor) -> Tensor:
+    """[N, …] -> [B, longest, …], zeros behind each length."""
+    batch, longest = lengths.numel(), int(lengths.max())
+    padded = packed.new_zeros(batch * longest, *packed.shape[1:])
+    padded[place] = packed
+    return padded.view(batch, longest, *packed.shape[1:])
+
+
+def options_from(kind: type[Mixer], values: Mapping[str, Any]) -> Options:
+    """The options of a kind, validated; raises pydantic's ValidationError."""
+    options: type[Options] = kind.Options  # type: ignore[attr-defined]
+    return options.model_validate(dict(values))

@@ -1,0 +1,193 @@
+"""Softmax attention: grouped queries, rotary positions, QK-norm, an output gate, paged KV."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from difyops.engine import layers
+from difyops.engine.layers import RMSNorm, rotary
+from difyops.engine.mixers import base
+from difyops.engine.mixers.base import Mixer, drafted_positions
+from difyops.engine.state import LayerState, StateSpec, TensorSpec
+
+
+class Softmax(Mixer):
+    """softmax(q kᵀ / √Dk) v over everything before (arXiv:1706.03762), queries in groups that
+    share keys (arXiv:2305.13245). Keys and values are kept in pages; a commit moves no data."""
+
+    class Options(base.Options):
+        """`value_dim` None: that of the keys. `rotary_dim` 0: no positions; `rope_theta` is their
+        base. `gated`: the output is multiplied by sigmoid(gate), which q_proj makes beside each
+        query (Qwen3.5). `norm_offset` is that of the QK-norms."""
+
+        heads: int = Field(gt=0)
+        kv_heads: int = Field(gt=0)
+        head_dim: int = Field(gt=0)
+        value_dim: int | None = Field(None, gt=0)
+        rotary_dim: int = Field(0, ge=0, multiple_of=2)
+        rope_theta: float = Field(10000.0, gt=0)
+        qk_norm: bool = False
+        norm_eps: float = Field(1e-6, gt=0)
+        norm_offset: float = 0.0
+        gated: bool = False
+        bias: bool = False
+        output_bias: bool = False
+
+        @model_validator(mode="after")
+        def _shapes_agree(self) -> Self:
+            if self.heads % self.kv_heads:
+                raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads, {self.heads}")
+            if self.rotary_dim > self.head_dim:
+                raise ValueError(
+                    f"rotary_dim: {self.rotary_dim} is more than head_dim, {self.head_dim}"
+                )
+            if self.gated and self.value_dim not in (None, self.head_dim):
+                raise ValueError("value_dim: a gate needs values as wide as queries")
+            return self
+
+    def __init__(self, width: int, options: Options) -> None:
+        super().__init__()
+        self.options = o = options
+        self.value_dim = o.value_dim or o.head_dim
+        self.q_proj = nn.Linear(width, o.heads * o.head_dim * (1 + o.gated), bias=o.bias)
+        self.k_proj = nn.Linear(width, o.kv_heads * o.head_dim, bias=o.bias)
+        self.v_proj = nn.Linear(width, o.kv_heads * self.value_dim, bias=o.bias)
+        self.o_proj = nn.Linear(o.heads * self.value_dim, width, bias=o.output_bias)
+        if o.qk_norm:
+            self.q_norm = RMSNorm(o.head_dim, o.norm_eps, o.norm_offset)
+            self.k_norm = RMSNorm(o.head_dim, o.norm_eps, o.norm_offset)
+        #: A family with another scaling of positions replaces these.
+        self.frequencies = Frequencies(layers.inverse_frequencies(o.rotary_dim, o.rope_theta))
+
+    def state_spec(self) -> StateSpec:
+        o, dtype = self.options, self.k_proj.weight.dtype
+        return StateSpec(
+            token={
+                "k": TensorSpec((o.kv_heads, o.head_dim), dtype),
+                "v": TensorSpec((o.kv_heads, self.value_dim), dtype),
+            }
+        )
+
+    def prefill(self, x: Tensor, state: LayerState, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
+        bounds = cu_seqlens.tolist()
+        before = state.lengths[slots].tolist()
+        spans = list(zip(bounds[:-1], bounds[1:], before, strict=True))
+        positions = torch.cat(
+            [torch.arange(b, b + stop - start, device=x.device) for start, stop, b in spans]
+        )
+        q, k, v, gate = self._project(x, positions)
+        self._store(k, v, state, slots.repeat_interleave(cu_seqlens.diff()), positions)
+        out = []
+        for slot, (start, stop, b) in zip(slots, spans, strict=True):
+            keys, values = k[start:stop], v[start:stop]
+            if b:
+                earlier = torch.arange(b, device=x.device)
+                rows = state.rows(slot.expand(b), earlier)
+                keys = torch.cat((state.token["k"][rows], keys))
+                values = torch.cat((state.token["v"][rows], values))
+            out.append(_causal(q[start:stop], keys, values))
+        return self._emit(torch.cat(out), gate)
+
+    def step(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
+        return self.verify(x[:, None], state, slots)[:, 0]
+
+    def verify(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
+        count = x.shape[1]
+        positions = drafted_positions(state, slots, count)
+        q, k, v, gate = self._project(x, positions)
+        self._store(k, v, state, slots[:, None].expand_as(positions), positions)
+        longest = int(positions.max()) + 1
+        reach = torch.arange(longest, device=x.device)
+        # Rows behind a sequence's end are whatever page 0 holds; the mask hides them.
+        rows = state.rows(slots[:, None].expand(-1, longest), reach.expand(len(slots), -1))
+        allowed = reach <= positions[..., None]
+        out = _attend(q, state.token["k"][rows], state.token["v"][rows], allowed)
+        return self._emit(out, gate)
+
+    def commit(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
+        """Nothing to do: verify wrote behind the length, and the length moves."""
+
+    def reference(self, x: Tensor) -> Tensor:
+        o, length = self.options, x.shape[0]
+        q, k, v, gate = self._project(x, torch.arange(length, device=x.device))
+        k = k.repeat_interleave(o.heads // o.kv_heads, dim=1)
+        v = v.repeat_interleave(o.heads // o.kv_heads, dim=1)
+        scores = torch.einsum("thd,shd->hts", q, k) * o.head_dim**-0.5
+        hidden = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        return self._emit(torch.einsum("hts,shd->thd", weights, v), gate)
+
+    def _project(
+        self, x: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q [..., H, Dk], k [..., Hkv, Dk], v [..., Hkv, Dv] and the gate [..., H * Dv]."""
+        o = self.options
+        q, gate = self.q_proj(x), None
+        if o.gated:
+            q, gate = q.unflatten(-1, (o.heads, 2 * o.head_dim)).chunk(2, dim=-1)
+            gate = gate.flatten(-2)
+        else:
+            q = q.unflatten(-1, (o.heads, o.head_dim))
+        k = self.k_proj(x).unflatten(-1, (o.kv_heads, o.head_dim))
+        v = self.v_proj(x).unflatten(-1, (o.kv_heads, self.value_dim))
+        if o.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if o.rotary_dim:
+            frequencies, scale = self.frequencies.on(x)
+            q = rotary(q, positions, frequencies, scale)
+            k = rotary(k, positions, frequencies, scale)
+        return q, k, v, gate
+
+    def _store(
+        self, k: Tensor, v: Tensor, state: LayerState, slots: Tensor, positions: Tensor
+    ) -> None:
+        rows = state.rows(slots, positions).flatten()
+        state.token["k"][rows] = k.reshape(-1, *k.shape[-2:])
+        state.token["v"][rows] = v.reshape(-1, *v.shape[-2:])
+
+    def _emit(self, out: Tensor, gate: Tensor | None) -> Tensor:
+        out = out.flatten(-2)
+        if gate is not None:
+            out = out * torch.sigmoid(gate)
+        emitted: Tensor = self.o_proj(out)
+        return emitted
+
+
+class Frequencies:
+    """Inverse frequencies of rotary positions, kept out of the module's dtype: rounded to bf16
+    they would turn far positions by the wrong angle."""
+
+    def __init__(self, inverse: Tensor, scale: float = 1.0) -> None:
+        self._inverse = inverse
+        self._scale = scale
+
+    def on(self, x: Tensor) -> tuple[Tensor, float]:
+        """The frequencies where x is, in float32 or wider, and the factor of cosine and sine."""
+        wanted: dict[str, Any] = {"device": x.device, "dtype": layers.wide(x.dtype)}
+        self._inverse = self._inverse.to(**wanted)
+        return self._inverse, self._scale
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q: [T, H, Dk], the last T of k: [L, Hkv, Dk], v: [L, Hkv, Dv] -> [T, H, Dv]."""
+    count, length = q.shape[0], k.shape[0]
+    if count == length:
+        qh, kh, vh = (t.transpose(0, 1)[None] for t in (q, k, v))
+        out = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, enable_gqa=True)
+        return out[0].transpose(0, 1)
+    positions = torch.arange(length - count, length, device=q.device)
+    allowed = torch.arange(length, device=q.device) <= positions[:, None]
+    return _attend(q[None], k[None], v[None], allowed[None])[0]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+    """q: [B, K, H, Dk], k: [B, L, Hkv, Dk], v: [B, L, Hkv, Dv], allowed: [B, K, L]
+    -> [B, K, H, Dv]."""
+    qh, kh, vh = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(qh, kh, vh, attn_mask=allowed[:, None], enable_gqa=True)
+    return out.transpose(1, 2)

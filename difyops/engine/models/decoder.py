@@ -1,0 +1,123 @@
+"""The one language-model skeleton: embedding, blocks of mixer and MLP, norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from difyops.engine.mixers.base import Mixer
+from difyops.engine.state import LayerState, StatePool, StateSpec
+
+#: How one layer's mixer is run: (mixer, its normed input, its state) -> its output.
+Run = Callable[[Mixer, Tensor, LayerState], Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the engine must know of a model. `context` is in tokens, as trained."""
+
+    width: int
+    vocabulary: int
+    context: int
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP."""
+
+    def __init__(
+        self,
+        mixer_norm: nn.Module,
+        mixer: Mixer,
+        mlp_norm: nn.Module | None = None,
+        mlp: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.mixer_norm = mixer_norm
+        self.mixer = mixer
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, run: Run, state: LayerState) -> Tensor:
+        x = x + run(self.mixer, self.mixer_norm(x), state)
+        if self.mlp is not None and self.mlp_norm is not None:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x
+
+
+class Decoder(nn.Module):
+    """A causal language model over any layer pattern. Tokens go in, hidden states come out;
+    `logits` makes them scores, so that only the rows that are sampled pay for the head.
+
+    The state's lengths move in the model, after its last layer, in every form but verify.
+    """
+
+    blocks: Sequence[Block]
+
+    def __init__(
+        self,
+        shape: Shape,
+        blocks: Sequence[Block],
+        norm: nn.Module,
+        *,
+        tied: bool,
+        extra: nn.ModuleDict | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embed = nn.Embedding(shape.vocabulary, shape.width)
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
+        self.norm = norm
+        self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        self.tied = tied
+        if tied:
+            self.head.weight = self.embed.weight
+        #: Modules that plain decoding does not run, such as multi-token prediction's.
+        self.extra = extra if extra is not None else nn.ModuleDict()
+
+    def state_specs(self) -> list[StateSpec]:
+        """One per layer."""
+        return [block.mixer.state_spec() for block in self.blocks]
+
+    def prefill(self, tokens: Tensor, pool: StatePool, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Packed tokens [N] of the sequences in `slots` [B] -> hidden states [N, width]."""
+        hidden = self._through(
+            tokens, pool, lambda mixer, x, state: mixer.prefill(x, state, slots, cu_seqlens)
+        )
+        pool.advance(slots, cu_seqlens.diff())
+        return hidden
+
+    def step(self, tokens: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
+        """One token each, [B] -> hidden states [B, width]."""
+        hidden = self._through(tokens, pool, lambda mixer, x, state: mixer.step(x, state, slots))
+        # The null slot stays empty, however often it pads a batch.
+        pool.advance(slots, (slots > 0).to(slots.dtype))
+        return hidden
+
+    def verify(self, tokens: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
+        """K tokens each, [B, K] -> hidden states [B, K, width]; the state stays as it is."""
+        return self._through(tokens, pool, lambda mixer, x, state: mixer.verify(x, state, slots))
+
+    def commit(self, pool: StatePool, slots: Tensor, accepted: Tensor) -> None:
+        """Keep the first `accepted` ([B], 0..K) tokens of the last verify."""
+        for block, state in zip(self.blocks, pool.layers, strict=True):
+            block.mixer.commit(state, slots, accepted)
+        pool.advance(slots, accepted)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., width] -> [..., V]."""
+        scores: Tensor = self.head(hidden)
+        return scores
+
+    def _through(self, tokens: Tensor, pool: StatePool, run: Run) -> Tensor:
+        x = self.embed(tokens)
+        for block, state in zip(self.blocks, pool.layers, strict=True):
+            x = block(x, run, state)
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype

@@ -1,0 +1,269 @@
+"""The memory of every sequence: recurrent state by slot, softmax keys and values by page.
+
+One tensor per state kind, `[layers, slots + 1, …]`: a request is a slot's index, and slot 0 is a
+null slot that pads a batch. What grows with the context lies in a pool of its own, in pages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from difyops.engine.slots import Lease, SlotTable
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a layer's state, without its leading slot or token dimension."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float = 0.0  # what an empty slot holds
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """What one layer keeps: `slot` per sequence, `token` per token, `replay` per drafted token.
+
+    `replay` holds a mixer's raw inputs between verify and commit.
+    """
+
+    slot: Mapping[str, TensorSpec] = field(default_factory=dict)
+    token: Mapping[str, TensorSpec] = field(default_factory=dict)
+    replay: Mapping[str, TensorSpec] = field(default_factory=dict)
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(spec.bytes for spec in self.slot.values())
+
+    @property
+    def token_bytes(self) -> int:
+        return sum(spec.bytes for spec in self.token.values())
+
+    @property
+    def replay_bytes(self) -> int:
+        return sum(spec.bytes for spec in self.replay.values())
+
+
+class LayerState:
+    """One layer's view of the pool. Mixers read and write it by slot, never by request.
+
+    `lengths` ([slots + 1], int64) is how many tokens each slot's state holds; it is the same for
+    all layers and moves when the model has run through all of them.
+    """
+
+    def __init__(
+        self,
+        slot: Mapping[str, Tensor],
+        token: Mapping[str, Tensor],
+        replay: Mapping[str, Tensor],
+        lengths: Tensor,
+        table: Tensor,
+        page_size: int,
+    ) -> None:
+        self.slot = slot  # name -> [slots + 1, …]
+        self.token = token  # name -> [(pages + 1) * page_size, …]
+        self.replay = replay  # name -> [slots + 1, window, …]
+        self.lengths = lengths
+        self.table = table  # [slots + 1, pages of one sequence], page numbers
+        self.page_size = page_size
+
+    def read(self, slots: Tensor) -> dict[str, Tensor]:
+        """A copy of the state of `slots` ([B]), each tensor [B, …]."""
+        return {name: tensor.index_select(0, slots) for name, tensor in self.slot.items()}
+
+    def write(self, slots: Tensor, carry: Mapping[str, Tensor]) -> None:
+        """The state of `slots` ([B]) becomes `carry`."""
+        for name, tensor in self.slot.items():
+            tensor.index_copy_(0, slots, carry[name].to(tensor.dtype))
+
+    def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Where tokens lie in `token`: `slots` and `positions` (same shape) -> row numbers."""
+        return self.table[slots, positions // self.page_size] * self.page_size + (
+            positions % self.page_size
+        )
+
+    def keep(self, slots: Tensor, inputs: Mapping[str, Tensor]) -> None:
+        """Keep what verify was given ([B, K, …] each) until commit."""
+        for name, tensor in self.replay.items():
+            tensor[slots, : inputs[name].shape[1]] = inputs[name].to(tensor.dtype)
+
+    def kept(self, slots: Tensor, length: int) -> dict[str, Tensor]:
+        """The first `length` inputs kept for `slots`, each [B, length, …]."""
+        return {name: tensor[slots, :length] for name, tensor in self.replay.items()}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A sequence's state at one point: enough to go on from there, in any slot."""
+
+    tensors: tuple[Tensor, ...]  # one per state kind, [layers, …]
+    lease: Lease
+
+    @property
+    def length(self) -> int:
+        return self.lease.length
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the copied state; the pages it holds are counted by the pool."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+class StatePool:
+    """The state of all layers for `slots` sequences of at most `context` tokens each.
+
+    `window` is the most tokens that one verify may be given. `pages` is shared by all sequences;
+    without it there are enough for every slot to be full.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[StateSpec],
+        *,
+        slots: int,
+        context: int,
+        window: int = 1,
+        page_size: int = 16,
+        pages: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.specs = tuple(specs)
+        self.context = context
+        self.window = window
+        per_slot = -(-(context + window) // page_size)
+        paged = any(spec.token for spec in specs)
+        if pages is None:
+            pages = slots * per_slot
+        self.table = SlotTable(slots, pages if paged else 0, page_size)
+        self._lengths = torch.zeros(slots + 1, dtype=torch.int64, device=device)
+        self._page_rows = torch.zeros(slots + 1, per_slot, dtype=torch.int64, device=device)
+        self._slot_tensors: list[tuple[TensorSpec, Tensor]] = []
+        self._token_tensors: list[Tensor] = []
+        self._replay_tensors: list[Tensor] = []
+        self._leases: list[Lease] = []
+        self.layers = self._allocate(slots, self.table.pages, device)
+
+    def _allocate(self, slots: int, pages: int, device: torch.device | str) -> list[LayerState]:
+        layers: list[LayerState | None] = [None] * len(self.specs)
+        size = self.table.page_size
+        for kind in _distinct(self.specs):
+            members = [i for i, spec in enumerate(self.specs) if spec == kind]
+
+            def made(
+                specs: Mapping[str, TensorSpec], *lead: int, count: int = len(members)
+            ) -> dict[str, Tensor]:
+                return {
+                    name: torch.full(
+                        (count, *lead, *spec.shape), spec.fill, dtype=spec.dtype, device=device
+                    )
+                    for name, spec in specs.items()
+                }
+
+            slot, token = made(kind.slot, slots + 1), made(kind.token, (pages + 1) * size)
+            # A window of one token is a plain step: nothing is ever taken back.
+            replay = made(kind.replay, slots + 1, self.window) if self.window > 1 else {}
+            self._slot_tensors += [(kind.slot[name], tensor) for name, tensor in slot.items()]
+            self._token_tensors += token.values()
+            self._replay_tensors += replay.values()
+            for place, layer in enumerate(members):
+                layers[layer] = LayerState(
+                    {name: tensor[place] for name, tensor in slot.items()},
+                    {name: tensor[place] for name, tensor in token.items()},
+                    {name: tensor[place] for name, tensor in replay.items()},
+                    self._lengths,
+                    self._page_rows,
+                    size,
+                )
+        return [layer for layer in layers if layer is not None]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens in each slot's state, int64 [slots + 1]."""
+        return self._lengths
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of constant state that one slot takes, as allocated."""
+        return sum(t.nbytes for _, t in self._slot_tensors) // (self.table.slots + 1)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token of context takes in pages, as allocated."""
+        rows = (self.table.pages + 1) * self.table.page_size
+        return sum(t.nbytes for t in self._token_tensors) // rows
+
+    @property
+    def bytes(self) -> int:
+        """All that was allocated, the null slot and page included."""
+        tensors = [t for _, t in self._slot_tensors] + self._token_tensors + self._replay_tensors
+        return sum(t.nbytes for t in tensors)
+
+    def sync(self) -> None:
+        """Bring the tensors up to what the table says. Called before a model runs."""
+        for slot in self.table.fresh:
+            for spec, tensor in self._slot_tensors:
+                tensor[:, slot] = spec.fill
+            self._lengths[slot] = 0
+        for slot in self.table.moved:
+            pages = self.table.pages_of(slot)
+            row = torch.tensor(pages, dtype=torch.int64, device=self._page_rows.device)
+            self._page_rows[slot, : len(pages)] = row
+            self._page_rows[slot, len(pages) :] = 0
+        self.table.fresh.clear()
+        self.table.moved.clear()
+
+    def advance(self, slots: Tensor, tokens: Tensor) -> None:
+        """Every layer has folded `tokens` ([B]) more tokens into `slots` ([B])."""
+        self._lengths.index_add_(0, slots, tokens)
+
+    def snapshot(self, slot: int) -> Snapshot:
+        """The state of `slot` now. It keeps pages until it is dropped."""
+        self.sync()
+        lease = self.table.lease(slot, int(self._lengths[slot]))
+        self._leases.append(lease)
+        return Snapshot(tuple(tensor[:, slot].clone() for _, tensor in self._slot_tensors), lease)
+
+    def restore(self, slot: int, snapshot: Snapshot) -> None:
+        """`slot` goes on from `snapshot`. Raises MemoryError when a page is needed and none is
+        free; the slot is then unchanged."""
+        copy = self.table.adopt(slot, snapshot.lease)
+        self.table.fresh.discard(slot)
+        self.sync()
+        for (_, tensor), saved in zip(self._slot_tensors, snapshot.tensors, strict=True):
+            tensor[:, slot] = saved
+        self._lengths[slot] = snapshot.length
+        if copy is not None:
+            size = self.table.page_size
+            source, target = (slice(page * size, (page + 1) * size) for page in copy)
+            for tensor in self._token_tensors:
+                tensor[:, target] = tensor[:, source]
+
+    def drop(self, snapshot: Snapshot) -> None:
+        """Give the snapshot's pages back."""
+        self._leases.remove(snapshot.lease)
+        self.table.end(snapshot.lease)
+
+    def release(self, slot: int) -> None:
+        """The sequence in `slot` has ended."""
+        self.table.release(slot)
+
+    def check(self) -> None:
+        """Raises IntegrityError when a slot or a page is lost or has two owners."""
+        self.table.check(self._leases)
+
+
+def _distinct(specs: Sequence[StateSpec]) -> list[StateSpec]:
+    found: list[StateSpec] = []
+    for spec in specs:
+        if spec not in found:
+            found.append(spec)
+    return found

@@ -1,0 +1,136 @@
+"""Gates 1, 2 and 5 for every mixer, and that verify and commit are a step taken back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from difyops.engine.mixers import REGISTRY
+from tests.engine.gates import LENGTHS, Bench, error, tokens
+
+#: Never two dimensions that are equal by accident.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "softmax": ("softmax", {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7}),
+    "softmax-rotary-normed": (
+        "softmax",
+        {"heads": 4, "kv_heads": 2, "head_dim": 10, "rotary_dim": 6, "qk_norm": True,
+         "norm_offset": 1.0, "gated": True},
+    ),
+}  # fmt: skip
+
+EXACT, NEAR = 1e-10, 1e-4
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    return KINDS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_every_registered_mixer_is_tested() -> None:
+    assert {name for name, _ in KINDS.values()} == set(REGISTRY)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_prefill_is_the_reference(kind: tuple[str, dict[str, Any]], length: int) -> None:
+    bench, x = Bench.of(*kind), tokens(length)
+    slot = bench.slot()
+    assert error(bench.prefill({slot: x})[slot], bench.mixer.reference(x)) < EXACT
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, EXACT), (torch.float32, NEAR)])
+def test_steps_are_the_prefill(
+    kind: tuple[str, dict[str, Any]], length: int, dtype: torch.dtype, bound: float
+) -> None:
+    bench, x = Bench.of(*kind, dtype=dtype), tokens(length, dtype=dtype)
+    whole, stepped = bench.slot(), bench.slot()
+    parallel = bench.prefill({whole: x})[whole]
+    one_by_one = torch.stack([bench.step({stepped: token})[stepped] for token in x])
+    assert error(one_by_one, parallel) < bound
+
+
+def test_prefill_goes_on_where_it_stopped(kind: tuple[str, dict[str, Any]]) -> None:
+    """In uneven chunks, packed with other sequences, and ended by steps."""
+    bench = Bench.of(*kind)
+    a, b, c = tokens(300), tokens(190, seed=2), tokens(65, seed=3)
+    sa, sb, sc = bench.slot(), bench.slot(), bench.slot()
+    got: dict[int, list[torch.Tensor]] = {sa: [], sb: [], sc: []}
+    plan = [{sa: (0, 64), sb: (0, 1)}, {sb: (1, 64), sa: (64, 65)}, {sc: (0, 65)},
+            {sa: (65, 256), sb: (64, 190)}, {sa: (256, 290)}]  # fmt: skip
+    source = {sa: a, sb: b, sc: c}
+    for call in plan:
+        out = bench.prefill({s: source[s][i:j] for s, (i, j) in call.items()})
+        for slot, part in out.items():
+            got[slot].append(part)
+    for token in a[290:]:
+        got[sa].append(bench.step({sa: token})[sa][None])
+    for slot, x in source.items():
+        assert error(torch.cat(got[slot]), bench.mixer.reference(x)) < EXACT
+
+
+@pytest.mark.parametrize("before", [0, 1, 5, 63, 64, 70])
+def test_a_rejected_draft_leaves_no_trace(kind: tuple[str, dict[str, Any]], before: int) -> None:
+    bench = Bench.of(*kind)
+    x, draft = tokens(before + 12), tokens(6, seed=9)
+    slot, other = bench.slot(), bench.slot()
+    if before:
+        bench.prefill({slot: x[:before], other: x[:before]})
+    wanted = bench.mixer.reference(x)
+    at = before
+    for accepted in (1, 3, 6, 0, 2):
+        # The window holds `accepted` true tokens and then what is going to be thrown away.
+        window = torch.cat((x[at : at + accepted], draft))[:6]
+        out = bench.verify({slot: window, other: window.flip(0)})[slot]
+        assert error(out[:accepted], wanted[at : at + accepted]) < EXACT
+        bench.commit({other: 6 - accepted, slot: accepted})
+        at += accepted
+    once, again = (bench.verify({slot: draft})[slot] for _ in range(2))
+    assert error(once, again) == 0
+    assert at == before + 12
+    last = tokens(3, seed=4)
+    ends = [bench.step({slot: token})[slot] for token in last]
+    assert error(torch.stack(ends), bench.mixer.reference(torch.cat((x, last)))[-3:]) < EXACT
+
+
+def test_a_snapshot_goes_on_as_the_original(kind: tuple[str, dict[str, Any]]) -> None:
+    bench, x, y = Bench.of(*kind), tokens(77), tokens(80, seed=5)
+    slot = bench.slot()
+    bench.prefill({slot: x})
+    saved = bench.pool.snapshot(slot)
+    first = torch.stack([bench.step({slot: token})[slot] for token in y])
+    bench.pool.release(slot)
+    slot = bench.slot()
+    bench.prefill({slot: y})  # whoever had the slot in between
+    bench.pool.restore(slot, saved)
+    assert bench.pool.table.grow(slot, 650)
+    bench.pool.sync()
+    again = torch.stack([bench.step({slot: token})[slot] for token in y])
+    assert error(again, first) == 0
+    bench.pool.drop(saved)
+    bench.pool.release(slot)
+    bench.pool.check()
+
+
+def test_state_bytes_are_the_predicted(kind: tuple[str, dict[str, Any]]) -> None:
+    bench = Bench.of(*kind)
+    spec = bench.mixer.state_spec()
+    assert bench.pool.slot_bytes == spec.slot_bytes
+    assert bench.pool.token_bytes == spec.token_bytes
+    assert spec.slot_bytes + spec.token_bytes > 0
+
+
+def test_sequences_do_not_touch_each_other(kind: tuple[str, dict[str, Any]]) -> None:
+    bench, x, y = Bench.of(*kind), tokens(70), tokens(40, seed=8)
+    a, b = bench.slot(), bench.slot()
+    bench.prefill({a: x[:50], b: y[:10]})
+    for i in range(20):
+        out = bench.step({b: y[10 + i], a: x[50 + i]})
+    assert error(out[a], bench.mixer.reference(x)[-1]) < EXACT
+    assert error(out[b], bench.mixer.reference(y[:30])[-1]) < EXACT
