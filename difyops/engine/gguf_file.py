@@ -48,7 +48,7 @@ class _Damaged(Exception):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """`shape` is row-major, as numpy and torch have it; `start` and `size` are bytes in the file."""
+    """`shape` is row-major, as in numpy and torch; `start` and `size` are bytes in the file."""
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
@@ -205,6 +205,4 @@ def _tensor(cursor: _Cursor, name: str, alignment: int) -> TensorInfo:
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     if not all(shape) or shape[-1] % block or start % alignment:
         raise _Damaged(f"damaged: {name} of shape {list(shape)} at byte {start} cannot be")
-    return TensorInfo(
-        shape, GGMLQuantizationType(kind), start, math.prod(shape) // block * size
-    )
+    return TensorInfo(shape, GGMLQuantizationType(kind), start, math.prod(shape) // block * size)

@@ -80,6 +80,11 @@ class GgufCheckpoint:
                 f"{file.path}: general.architecture: {architecture!r} cannot be read from GGUF",
                 "known architectures: llama; others load from safetensors",
             )
+        if file.metadata.get("split.count", 1) != 1:
+            raise PrerequisiteError(
+                f"{file.path}: one part of {file.metadata['split.count']}",
+                "join them: llama-gguf-split --merge",
+            )
         self.config = _config(file)
         self._sources = {_renamed(name): name for name in file.tensors if name != _FACTORS}
 
@@ -178,7 +183,9 @@ def _pre_tokenizer(name: str) -> tuple[pre_tokenizers.PreTokenizer, normalizers.
     if name == "gpt-2":
         return levels, None
     if name == "smollm":
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), levels]), None
+        return pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), levels]
+        ), None
     if name == "llama-bpe":
         return split(rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}"), None
     if name == "qwen2":

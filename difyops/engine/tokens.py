@@ -131,8 +131,9 @@ class _Decoder:
         self._levels = _byte_levels() if kinds == {"ByteLevel"} else None
         sentencepiece = kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
         if self._levels is None and not (kinds and sentencepiece):
+            named = "+".join(sorted(kinds)) or "(none)"
             raise PrerequisiteError(
-                f"its decoder {'+'.join(sorted(kinds)) or '(none)'} is not one that the engine knows",
+                f"its decoder {named} is not one that the engine knows",
                 "byte-level BPE and SentencePiece-style tokenizers are supported",
             )
         self.strips_first_space = any(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,11 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from difyops.engine.layout import DAMAGED, INDEX, indexed, shards
 from difyops.errors import PrerequisiteError
-
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_DAMAGED = "download it again; a file that was cut short looks so"
 
 
 class Tensors(Protocol):
@@ -44,16 +40,16 @@ class Checkpoint:
         for name, path in indexed(directory).items():
             if self._files.get(name) != path:
                 raise PrerequisiteError(
-                    f"{directory / _INDEX}: {name} is not in {path.name}", _DAMAGED
+                    f"{directory / INDEX}: {name} is not in {path.name}", DAMAGED
                 )
 
     def _add(self, path: Path) -> None:
         try:
-            # Entered and not left: the file stays mapped as long as this object.
-            opened = self._open[path] = safe_open(path, framework="pt").__enter__()
-            names = list(opened.keys())
+            opened: Any = safe_open(path, framework="pt")
+            names: list[str] = list(opened.keys())
         except (SafetensorError, OSError) as error:
-            raise PrerequisiteError(f"{path}: cannot be read: {error}", _DAMAGED) from error
+            raise PrerequisiteError(f"{path}: cannot be read: {error}", DAMAGED) from error
+        self._open[path] = opened
         for name in names:
             if name in self._files:
                 raise PrerequisiteError(
@@ -71,54 +67,6 @@ class Checkpoint:
         """The tensor called `name`, on the CPU, as it is stored."""
         tensor: Tensor = self._open[self._files[name]].get_tensor(name)
         return tensor
-
-
-def shards(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint. Raises PrerequisiteError when one is absent."""
-    if (directory / _INDEX).is_file():
-        paths = sorted(set(indexed(directory).values()))
-        if absent := [path.name for path in paths if not path.is_file()]:
-            raise PrerequisiteError(
-                f"{directory / _INDEX} names {', '.join(absent)}: no such file in {directory}",
-                "the download is not complete",
-            )
-        return paths
-    if (directory / _SINGLE).is_file():
-        return [directory / _SINGLE]
-    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
-        raise PrerequisiteError(
-            f"{directory} holds PyTorch's pickled weights only, and reading those can run code",
-            "convert them to safetensors (transformers: save_pretrained writes it)",
-        )
-    raise PrerequisiteError(
-        f"{directory} holds neither {_SINGLE} nor {_INDEX}",
-        "give a directory in Hugging Face's layout",
-    )
-
-
-def indexed(directory: Path) -> dict[str, Path]:
-    """Tensor -> file as the index says; empty without one."""
-    path = directory / _INDEX
-    if not path.is_file():
-        return {}
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise PrerequisiteError(f"{path}: weight_map is missing", _DAMAGED)
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise PrerequisiteError(f"{path}: {name}: {file!r} is not the name of a file beside it")
-    return {name: directory / file for name, file in weight_map.items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises PrerequisiteError naming the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PrerequisiteError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise PrerequisiteError(f"{path}: not a JSON object")
-    return content
 
 
 def fill(
@@ -154,9 +102,12 @@ def fill(
         filled = torch.empty_like(
             slot, dtype=dtype if slot.is_floating_point() else slot.dtype, device=device
         )
-        filled.detach_().copy_(stored)
+        filled.copy_(stored)
+        if isinstance(slot, nn.Parameter):
+            filled = nn.Parameter(filled, requires_grad=False)
         for place in group:
-            _put(model, place, filled)
+            path, _, leaf = place.rpartition(".")
+            setattr(model.get_submodule(path), leaf, filled)
 
 
 def _sources(
@@ -204,7 +155,7 @@ def _checked(checkpoint: Tensors, name: str, slot: Tensor) -> Tensor:
     try:
         stored = checkpoint.get(name)
     except (SafetensorError, OSError) as error:
-        raise PrerequisiteError(f"{checkpoint.where}: {name}: {error}", _DAMAGED) from error
+        raise PrerequisiteError(f"{checkpoint.where}: {name}: {error}", DAMAGED) from error
     fits = stored.is_floating_point() if slot.is_floating_point() else stored.dtype == slot.dtype
     if not fits:
         raise PrerequisiteError(
@@ -212,15 +163,6 @@ def _checked(checkpoint: Tensors, name: str, slot: Tensor) -> Tensor:
             "quantised safetensors are not supported; use the original weights",
         )
     return stored
-
-
-def _put(model: nn.Module, place: str, value: Tensor) -> None:
-    path, _, leaf = place.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in dict(module.named_buffers(recurse=False)):
-        setattr(module, leaf, value)
-    else:
-        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _listed(names: Collection[str], most: int = 5) -> str:

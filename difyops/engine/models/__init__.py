@@ -27,7 +27,11 @@ class Family:
 
 
 #: model_type in config.json -> the module with its `FAMILY`.
-REGISTRY: Mapping[str, str] = MappingProxyType({})
+REGISTRY: Mapping[str, str] = MappingProxyType(
+    {
+        "llama": "difyops.engine.models.llama",
+    }
+)
 
 
 def family(config: Mapping[str, Any]) -> Family:
