@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from difyops.engine.layout import read_json
 from difyops.engine.models import family
-from difyops.engine.weights import Checkpoint, fill, read_json
+from difyops.engine.weights import Checkpoint, fill
 from difyops.errors import UsageError
 
 from .runs import Run
