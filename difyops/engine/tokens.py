@@ -55,7 +55,7 @@ class Tokenizer:
         try:
             return cls(backend, config)
         except PrerequisiteError as error:
-            raise PrerequisiteError(f"{path}: {error.message}", error.hint) from error
+            raise PrerequisiteError(f"{path.parent}: {error.message}", error.hint) from error
 
     @property
     def bos(self) -> str | None:
@@ -133,7 +133,7 @@ class _Decoder:
         if self._levels is None and not (kinds and sentencepiece):
             named = "+".join(sorted(kinds)) or "(none)"
             raise PrerequisiteError(
-                f"its decoder {named} is not one that the engine knows",
+                f"the tokenizer's decoder {named} is not one that the engine knows",
                 "byte-level BPE and SentencePiece-style tokenizers are supported",
             )
         self.strips_first_space = any(
