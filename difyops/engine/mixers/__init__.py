@@ -6,13 +6,33 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from difyops.engine.mixers.base import Mixer, RecurrentMixer
+from difyops.engine.mixers.diag import Diag
+from difyops.engine.mixers.linear import Linear
+from difyops.engine.mixers.norm import Norm
+from difyops.engine.mixers.performer import Performer
+from difyops.engine.mixers.retention import Retention
 from difyops.engine.mixers.softmax import Softmax
 
 #: name in a native config -> the class, which has `Options` and is made of (width, options).
 REGISTRY: Mapping[str, type[Mixer]] = MappingProxyType(
     {
+        "diag": Diag,
+        "linear": Linear,
+        "norm": Norm,
+        "performer": Performer,
+        "retention": Retention,
         "softmax": Softmax,
     }
 )
 
-__all__ = ["REGISTRY", "Mixer", "RecurrentMixer", "Softmax"]
+__all__ = [
+    "REGISTRY",
+    "Diag",
+    "Linear",
+    "Mixer",
+    "Norm",
+    "Performer",
+    "RecurrentMixer",
+    "Retention",
+    "Softmax",
+]

@@ -29,6 +29,7 @@ class Family:
 #: model_type in config.json -> the module with its `FAMILY`.
 REGISTRY: Mapping[str, str] = MappingProxyType(
     {
+        "difyops_native": "difyops.engine.models.native",
         "llama": "difyops.engine.models.llama",
     }
 )
