@@ -65,7 +65,7 @@ def samples(count: int = 260) -> list[str]:
         "a" * 300,
         " \n" * 40,
     ]
-    dice = random.Random(0)  # noqa: S311
+    dice = random.Random(0)
     parts = [
         *fixed[1:],
         "The ",

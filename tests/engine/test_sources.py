@@ -18,7 +18,7 @@ from difyops.errors import PrerequisiteError, StepError, UsageError
 
 from .fake_hubs import FakeHub, FakeHuggingFace, FakeModelScope, serving
 
-WEIGHTS = random.Random(0).randbytes(3_000_000)  # noqa: S311
+WEIGHTS = random.Random(0).randbytes(3_000_000)
 FILES = {
     "config.json": b"{}",
     "tokenizer.json": b'{"a": 1}',

@@ -19,6 +19,8 @@ from difyops.engine.load import load
 from difyops.engine.weights import Checkpoint, fill
 from difyops.errors import PrerequisiteError, UsageError
 
+from . import tiny
+from .runs import Run
 from .test_llama import make
 
 
@@ -276,3 +278,13 @@ def test_loading_takes_the_weights_memory_once(tmp_path: Path) -> None:
     weights = 8 * 50  # float64
     mapped = 8 * 25  # the file's pages, which the kernel may take back
     assert grown < weights + mapped + 60
+
+
+@pytest.mark.parametrize("kind", tiny.PATTERNS)
+def test_every_native_pattern_comes_back_from_its_files(kind: str, tmp_path: Path) -> None:
+    model, _ = tiny.model(kind, vocabulary=400)
+    loaded = load(tiny.checkpoint(tmp_path, kind, vocabulary=400))
+    assert loaded.family == "difyops_native"
+    text = list(range(7, 40))
+    first, second = Run.of(model), Run.of(loaded.model)
+    assert torch.equal(first.prefill(first.slot(), text), second.prefill(second.slot(), text))
