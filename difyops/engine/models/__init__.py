@@ -30,6 +30,7 @@ class Family:
 REGISTRY: Mapping[str, str] = MappingProxyType(
     {
         "difyops_native": "difyops.engine.models.native",
+        "llama": "difyops.engine.models.llama",
     }
 )
 
