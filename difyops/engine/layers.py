@@ -33,6 +33,32 @@ class RMSNorm(nn.Module):
         return h.to(x.dtype) * self.weight
 
 
+class GatedRMSNorm(nn.Module):
+    """rms_norm(x) * weight * silu(gate), or with `gate_first` rms_norm(x * silu(gate)) * weight.
+
+    The last dimension is normed in `groups` parts. Computes in float32 or wider and answers in the
+    gate's dtype: x may be wider than it.
+    """
+
+    def __init__(
+        self, width: int, eps: float = 1e-6, *, groups: int = 1, gate_first: bool = False
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+        self.groups = groups
+        self.gate_first = gate_first
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        h, opened = x.to(wide(x.dtype)), F.silu(gate.to(wide(gate.dtype)))
+        if self.gate_first:
+            h = h * opened
+        h = h.unflatten(-1, (self.groups, -1))
+        h = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).flatten(-2)
+        h = h * self.weight
+        return (h if self.gate_first else h * opened).to(gate.dtype)
+
+
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)): SwiGLU (arXiv:2002.05202)."""
 

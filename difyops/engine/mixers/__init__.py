@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from difyops.engine.mixers.base import Mixer, RecurrentMixer
+from difyops.engine.mixers.gated_delta import GatedDelta
+from difyops.engine.mixers.mamba2 import Mamba2
 from difyops.engine.mixers.softmax import Softmax
 
 #: name in a native config -> the class, which has `Options` and is made of (width, options).
 REGISTRY: Mapping[str, type[Mixer]] = MappingProxyType(
     {
+        "gated_delta": GatedDelta,
+        "mamba2": Mamba2,
         "softmax": Softmax,
     }
 )
 
-__all__ = ["REGISTRY", "Mixer", "RecurrentMixer", "Softmax"]
+__all__ = ["REGISTRY", "GatedDelta", "Mamba2", "Mixer", "RecurrentMixer", "Softmax"]
