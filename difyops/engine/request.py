@@ -136,6 +136,11 @@ class Request:
         return self.tokens[len(self.prompt) :]
 
     @property
+    def count(self) -> int:
+        """How many tokens were generated."""
+        return len(self.tokens) - len(self.prompt)
+
+    @property
     def pending(self) -> int:
         """Tokens that are known but not in the state yet; 1 is a decode step."""
         return len(self.tokens) - self.computed
