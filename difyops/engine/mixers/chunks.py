@@ -1,4 +1,4 @@
-"""What scans with a decay per token and head have in common: chunks, and decays within them."""
+"""What scans with a decay per token and head have in common: heads, chunks, decays within them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from torch import Tensor
 CHUNK = 64
 
 
+def by_head(x: Tensor, heads: int, repeat: int = 1) -> Tensor:
+    """[..., heads * D] -> [..., heads * repeat, D], each head `repeat` times in a row."""
+    x = x.reshape(*x.shape[:-1], heads, -1)
+    return x.repeat_interleave(repeat, dim=-2) if repeat > 1 else x
+
+
 def split(x: Tensor) -> Tensor:
     """[B, T, H, …] -> [chunks, B, H, C, …], zeros behind T; C is CHUNK, or T where it is less."""
     length = x.shape[1]
     size = min(CHUNK, length)
     x = F.pad(x, (*(0, 0) * (x.ndim - 2), 0, -length % size))
-    return x.unflatten(1, (-1, size)).transpose(0, 1).transpose(2, 3).contiguous()
+    x = x.reshape(len(x), -1, size, *x.shape[2:])
+    return x.transpose(0, 1).transpose(2, 3).contiguous()
 
 
 def join(chunks: list[Tensor], length: int) -> Tensor:

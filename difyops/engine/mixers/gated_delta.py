@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from difyops.engine.layers import GatedRMSNorm
 from difyops.engine.mixers import base, chunks
 from difyops.engine.mixers.base import Carry, Inputs, RecurrentMixer, within_length
+from difyops.engine.mixers.chunks import by_head
 from difyops.engine.mixers.convolution import ShortConvolution
 from difyops.engine.state import StateSpec, TensorSpec
 
 
 class GatedDelta(RecurrentMixer):
-    """S ← α S + k (β (v - α kᵀS)), out = qᵀS / √Dk (arXiv:2412.06464, eq. 10), S: [Hv, Dk, Dv].
+    """S ← e^g S + β k (vᵀ - kᵀ e^g S), out = qᵀS / √Dk, S: [Hv, Dk, Dv] (arXiv:2412.06464).
 
-    q, k and v come out of one short convolution; q and k are L2-normed. α = exp(g) with
+    q, k and v come out of one short convolution; q and k are L2-normed.
     g = -exp(A_log) softplus(a + dt_bias), β = sigmoid(b). Modules are named as in Qwen3.5.
     """
 
@@ -75,7 +76,7 @@ class GatedDelta(RecurrentMixer):
         return {"qkv": self.in_proj_qkv(x), "a": self.in_proj_a(x), "b": self.in_proj_b(x)}
 
     def scan(self, inputs: Inputs, carry: Carry, lengths: Tensor) -> tuple[Tensor, Carry]:
-        """Chunks in WY form (arXiv:2406.06484, eq. 8–11, with decays as in arXiv:2412.06464).
+        """Chunks in WY form (arXiv:2406.06484, section 3; decays as in arXiv:2412.06464).
 
         Within a chunk each correction depends on those before it: a triangular system, solved for
         all chunks at once. What is left of it depends on the state in front of the chunk.
@@ -116,7 +117,7 @@ class GatedDelta(RecurrentMixer):
         return (q[..., None, :] @ state)[..., 0, :], {"S": state, "tail": tail}
 
     def emit(self, out: Tensor, x: Tensor) -> Tensor:
-        z = self.in_proj_z(x).unflatten(-1, out.shape[-2:])
+        z = by_head(self.in_proj_z(x), self.options.value_heads)
         emitted: Tensor = self.out_proj(self.norm(out, z).flatten(-2))
         return emitted
 
@@ -138,17 +139,12 @@ class GatedDelta(RecurrentMixer):
         """[..., C] -> q and k [..., Hv, Dk], normed, and v [..., Hv, Dv]."""
         o = self.options
         keys, values = o.key_heads * o.key_dim, o.value_heads * o.value_dim
-        q, k, v = qkv.to(self.state_dtype).split((keys, keys, values), dim=-1)
-        q, k = (
-            _normed(t.unflatten(-1, (o.key_heads, o.key_dim))).repeat_interleave(
-                o.value_heads // o.key_heads, dim=-2
-            )
-            for t in (q, k)
-        )
-        return q * o.key_dim**-0.5, k, v.unflatten(-1, (o.value_heads, o.value_dim))
+        q, k, v = torch.split(qkv.to(self.state_dtype), [keys, keys, values], dim=-1)
+        q, k = (_normed(by_head(t, o.key_heads, o.value_heads // o.key_heads)) for t in (q, k))
+        return q * o.key_dim**-0.5, k, by_head(v, o.value_heads)
 
     def _gates(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """g = log α and β, [..., Hv] each."""
+        """g and β, [..., Hv] each."""
         dtype = self.state_dtype
         step = F.softplus(a.to(dtype) + self.dt_bias.to(dtype))
         return -self.A_log.to(dtype).exp() * step, b.to(dtype).sigmoid()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from difyops.engine.layers import GatedRMSNorm
 from difyops.engine.mixers import base, chunks
 from difyops.engine.mixers.base import Carry, Inputs, RecurrentMixer, within_length
+from difyops.engine.mixers.chunks import by_head
 from difyops.engine.mixers.convolution import ShortConvolution
 from difyops.engine.state import StateSpec, TensorSpec
 
@@ -76,7 +77,7 @@ class Mamba2(RecurrentMixer):
 
     def project(self, x: Tensor, positions: Tensor) -> Inputs:
         mixed = self._in_proj(x, slice(self.inner, None))
-        xbc, dt = mixed.split((self.conv1d.in_channels, self.options.heads), dim=-1)
+        xbc, dt = torch.split(mixed, [self.conv1d.in_channels, self.options.heads], dim=-1)
         return {"xBC": xbc, "dt": dt}
 
     def scan(self, inputs: Inputs, carry: Carry, lengths: Tensor) -> tuple[Tensor, Carry]:
@@ -85,9 +86,7 @@ class Mamba2(RecurrentMixer):
         xbc, tail = self.conv1d.scan(inputs["xBC"], carry["tail"], lengths)
         x, B, C = self._heads(xbc)
         # A time step of 0 leaves the state as it is.
-        dt = self._steps(inputs["dt"]).masked_fill(
-            ~within_length(lengths, count)[..., None], 0
-        )
+        dt = self._steps(inputs["dt"]).masked_fill(~within_length(lengths, count)[..., None], 0)
         skip = x * self._wide(self.D)[:, None]
         u, B, C, log_decay = (
             chunks.split(t) for t in (x * dt[..., None], B, C, dt * self._rates())
@@ -138,14 +137,9 @@ class Mamba2(RecurrentMixer):
         """[..., channels] -> x [..., H, P], B and C [..., H, N]."""
         o = self.options
         shared = o.groups * o.state_dim
-        x, B, C = self._wide(xbc).split((self.inner, shared, shared), dim=-1)
-        B, C = (
-            t.unflatten(-1, (o.groups, o.state_dim)).repeat_interleave(
-                o.heads // o.groups, dim=-2
-            )
-            for t in (B, C)
-        )
-        return x.unflatten(-1, (o.heads, o.head_dim)), B, C
+        x, B, C = torch.split(self._wide(xbc), [self.inner, shared, shared], dim=-1)
+        B, C = (by_head(t, o.groups, o.heads // o.groups) for t in (B, C))
+        return by_head(x, o.heads), B, C
 
     def _steps(self, dt: Tensor) -> Tensor:
         """Δ, [..., H]."""

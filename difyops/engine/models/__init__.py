@@ -27,7 +27,13 @@ class Family:
 
 
 #: model_type in config.json -> the module with its `FAMILY`.
-REGISTRY: Mapping[str, str] = MappingProxyType({})
+REGISTRY: Mapping[str, str] = MappingProxyType(
+    {
+        "mamba2": "difyops.engine.models.mamba2",
+        "qwen3_5": "difyops.engine.models.qwen35",
+        "qwen3_5_text": "difyops.engine.models.qwen35",
+    }
+)
 
 
 def family(config: Mapping[str, Any]) -> Family:
