@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from difyops import __version__
+from difyops.bench.commands import app as bench_app
 from difyops.errors import EXIT_CANNOT_START, EXIT_FAILED, DifyopsError, UsageError
 
 if TYPE_CHECKING:
@@ -36,11 +37,14 @@ secrets_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(secrets_app, name="secrets")
+app.add_typer(bench_app, name="bench")
 
 #: Typer brings its own copy of click or uses the installed one: what it raises is found from here.
 _ClickError: Any = typer.BadParameter.__mro__[2]
 
 INTERRUPTED = 128 + signal.SIGINT
+#: Commands that leave nothing half done behind: of these Ctrl-C is an ordinary end.
+_ENDED_BY_HAND = {"logs", "chat", "bench"}
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Take every default; ask nothing.")]
@@ -343,6 +347,56 @@ def demo(
         raise typer.Exit(EXIT_FAILED)
 
 
+@app.command(epilog="Examples: difyops chat | difyops chat --once 'What is a lighthouse for?' | "
+             "difyops chat --url http://10.0.0.5:8000/v1")  # fmt: skip
+def chat(
+    context: typer.Context,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="An OpenAI-compatible server (…/v1) instead of the deployment's; its key, if it "
+            "wants one, is taken from DIFYOPS_MODEL_API_KEY."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A model of the server.")] = None,
+    once: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="One question; stdin that is no terminal is one, too."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of one answer.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy.")] = None,
+    json: Json = False,
+) -> None:
+    """Talk to the running model: streamed, with tokens/s and the time to the first token."""
+    from difyops import chat as chatting
+    from difyops import report
+
+    if once is None and not sys.stdin.isatty():
+        once = chatting.decoded(sys.stdin.buffer.read())
+    if once is None and json:
+        raise UsageError("--json needs one question", "difyops chat --json --once TEXT")
+    if once is not None and not once.strip():
+        raise UsageError("the question is empty", "difyops chat --once TEXT")
+    view = report.ChatView(silent=json)
+    deployment = None if url else _load(context)
+    options = {"max_tokens": max_tokens, "temperature": temperature}
+    try:
+        with chatting.begin(view, deployment, url, model, system, options) as conversation:
+            if once is None:
+                chatting.talk(conversation)
+                return
+            answer = conversation.ask(once)
+    finally:
+        view.close()
+    if json:
+        report.emit_json(answer.as_json(conversation.endpoint.model))
+    else:
+        view.answered(answer)
+    if answer.interrupted:
+        raise KeyboardInterrupt
+
+
 @secrets_app.command("show", epilog="Examples: difyops secrets show admin | "
                      "difyops secrets show app")  # fmt: skip
 def secrets_show(
@@ -420,7 +474,9 @@ def _run(given: list[str]) -> int:
         if "--debug" in given:
             raise
         return _explain(error, given)
-    if code == INTERRUPTED and "logs" not in given:  # Typer makes this of Ctrl-C, and is silent
+    if code == INTERRUPTED and not _ENDED_BY_HAND & set(
+        given
+    ):  # Typer makes this of Ctrl-C, and is silent
         typer.echo("\ninterrupted; what was done is kept, the same command goes on", err=True)
     return code if isinstance(code, int) else 0
 

@@ -55,7 +55,7 @@ def _server() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     found = []
-    for package in ("difyops", "xllamacpp", "onnxruntime", "tokenizers"):
+    for package in ("difyops", "xllamacpp", "torch", "onnxruntime", "tokenizers"):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:  # an extra that is not installed

@@ -91,7 +91,7 @@ def _exists(path: Path) -> bool:
 def _check_names(wanted: settings.Settings) -> None:
     """Names that only the release list and the catalog know."""
     releases.get(wanted.dify.version)
-    if wanted.model.backend == "llamacpp":
+    if wanted.model.backend != "external" and wanted.model.source is None:
         catalog.get_llm(wanted.model.name)
     if wanted.embedding and wanted.embedding.url is None:
         catalog.get_embedding(wanted.embedding.name)

@@ -39,15 +39,15 @@ def target(deployment: Deployment) -> WireTarget:
 def _llm(deployment: Deployment) -> ModelTarget:
     wanted = deployment.settings.model
     url, key = model.llm_url(deployment), model.llm_key(deployment)
-    has = _described(url, key, wanted.name).context
-    contexts = [value for value in (wanted.context, has) if value]
+    about = _described(url, key, wanted.name)
+    contexts = [value for value in (wanted.context, about.context) if value]
     if not contexts:
         raise UsageError(
             f"{url} does not tell the context length of {wanted.name}",
             "set model.context in difyops.yaml to what that server was started with",
         )
     spec = model.local_spec(deployment)
-    tools = bool(spec and spec.llm and spec.llm.tools)
+    tools = bool(about.tools or (spec and spec.llm and spec.llm.tools))
     context = min(contexts)
     return ModelTarget(
         wanted.name, url, key or Secret(""), context, min(MAX_OUTPUT, context // 2), tools

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
+    from difyops.bench.serve import Comparison
     from difyops.bringup import BroughtUp
+    from difyops.chat import Answer
     from difyops.doctor import Report, Result
+    from difyops.openai_client import Event
     from difyops.render import Rendered
     from difyops.supervise import State
     from difyops.wire import WireReport
@@ -194,6 +197,10 @@ def states(found: Sequence[State]) -> None:
                 str(s.port or "-"),
             )
         )
+    _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         emit("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -294,3 +301,98 @@ def brought_up(result: BroughtUp) -> None:
 def wired(report: WireReport) -> None:
     for name, change in report.changes.items():
         emit(f"{change:<8} {name}")
+
+
+class ChatView:
+    """A conversation: answers to stdout; thoughts, counts and what went wrong to stderr.
+
+    `silent` shows no answers: for JSON, which has them.
+    """
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self._silent = silent
+        self._aside = _console(stderr=True)
+        self._lines = Lines()
+        self._waits = False
+        self._open: Literal["", "thought", "text"] = ""  # which line waits for its end
+
+    def question(self) -> str | None:
+        import readline  # noqa: F401  (input() then edits lines and recalls those of this session)
+
+        try:
+            return input("> ").encode("utf-8", "replace").decode()
+        except EOFError:
+            emit("")
+            return None
+
+    def waiting(self, seconds: float) -> None:
+        if not self._waits:
+            self._lines.started("model")
+            self._waits = True
+        self._lines.detail("model", f"loading, {seconds:.0f} s")
+
+    def piece(self, event: Event) -> None:
+        self.close()
+        if self._silent:
+            return
+        if event.reasoning:
+            thought = _harmless(event.reasoning)
+            self._aside.print(thought, end="", style="dim", markup=False)
+            self._open = "" if thought.endswith("\n") else "thought"
+        if event.text:
+            if self._open == "thought":
+                self._aside.print()
+            sys.stdout.write(_harmless(event.text) if sys.stdout.isatty() else event.text)
+            sys.stdout.flush()
+            self._open = "" if event.text.endswith("\n") else "text"
+
+    def answered(self, answer: Answer) -> None:
+        self._end_line()
+        if answer.interrupted and answer.first is None:
+            self.note("stopped")
+            return
+        about = "" if answer.usage is not None else "~"
+        said = [f"{about}{answer.tokens} token{'' if answer.tokens == 1 else 's'}"]
+        if answer.tokens_per_second is not None:
+            said.append(f"{about}{answer.tokens_per_second:.1f} tokens/s")
+        if answer.first is not None:
+            said.append(f"first token after {answer.first:.2f} s")
+        if answer.interrupted:
+            said.append("stopped")
+        elif answer.finish == "length":
+            said.append("cut: --max-tokens or the context was reached")
+        self.note(", ".join(said))
+
+    def problem(self, problem: DifyopsError) -> None:
+        self._end_line()
+        error(problem)
+
+    def note(self, text: str) -> None:
+        self._aside.print(text, style="dim", markup=False)
+
+    def close(self) -> None:
+        if self._waits:
+            self._lines.close()
+            self._waits = False
+
+    def _end_line(self) -> None:
+        self.close()
+        if self._open == "text":
+            emit("")
+        elif self._open == "thought":
+            self._aside.print()
+        self._open = ""
+
+
+def _harmless(text: str) -> str:
+    """Without control characters: a model's text must not command the terminal."""
+    return "".join(c for c in text if c in "\n\t" or not (c < " " or "\x7f" <= c <= "\x9f"))
+
+
+def benchmark(found: Comparison) -> None:
+    """The table of `difyops bench serve`; below it what else one must know to read it."""
+    from difyops.bench.serve import table
+
+    _table(table(found))
+    for line in found.remarks():
+        emit(line)

@@ -106,14 +106,27 @@ class Dify(_Section):
 
 
 class Model(_Section):
-    backend: Literal["llamacpp", "external"] = Field(
-        "llamacpp", description="llamacpp: served here. external: any OpenAI-compatible URL."
+    backend: Literal["llamacpp", "native", "external"] = Field(
+        "llamacpp",
+        description="Who serves it. llamacpp and native (difyops' own engine): here. external: "
+        "any OpenAI-compatible URL.",
     )
-    name: str = Field("smollm2-135m", description="A catalog name; for `external` its model id.")
+    name: str = Field(
+        "smollm2-135m",
+        description="A catalog name; for `external` its model id; with `source` what to call it.",
+    )
+    source: str | None = Field(
+        None,
+        description="For `native`: a model that is not in the catalog. A directory, a .gguf file, "
+        "hf:OWNER/NAME, modelscope:OWNER/NAME or pypi:NAME==VERSION.",
+    )
     context: Annotated[int, Field(ge=256)] | None = Field(
         None,
         description="Context length in tokens. Without it: 4096, or what the model has; for "
         "`external` what the server says.",
+    )
+    slots: Annotated[int, Field(ge=1, le=1024)] = Field(
+        2, description="Chats at a time; each has the whole context. Not of an `external` one."
     )
     port: Port = Field(8090, description="The port of the local model server.")
     url: str | None = Field(None, description="For `external`: the base URL, ending in /v1.")
@@ -121,11 +134,13 @@ class Model(_Section):
     _url = field_validator("url")(lambda v: v if v is None else _http_url(v))
 
     @model_validator(mode="after")
-    def _external_needs_url(self) -> Model:
+    def _keys_fit_the_backend(self) -> Model:
         if self.backend == "external" and not self.url:
             raise ValueError("backend external needs model.url (ending in /v1)")
         if self.backend != "external" and self.url:
             raise ValueError("model.url is only for backend external")
+        if self.backend != "native" and self.source:
+            raise ValueError("model.source is only for backend native")
         return self
 
 

@@ -30,11 +30,12 @@ class Capability(StrEnum):
 
 @dataclass(frozen=True)
 class LlmSpec:
-    """A chat model to serve. `context` is tokens for each of the `parallel` requests at a time."""
+    """A chat model to serve. `context` is tokens for each of the `parallel` requests at a time;
+    None leaves it to the engine, which knows the model."""
 
     id: str
     path: Path | None
-    context: int
+    context: int | None
     parallel: int = 1
     threads: int | None = None
     tools: bool = False
@@ -90,6 +91,7 @@ class Backend:
 REGISTRY: Mapping[str, str] = MappingProxyType(
     {
         "llamacpp": "difyops.backends.llamacpp",
+        "native": "difyops.backends.native",
         "external": "difyops.backends.external",
     }
 )
@@ -106,6 +108,28 @@ def build(name: str, spec: Spec) -> Backend:
         raise UsageError(f"no backend called {name!r}", hint)
     module = importlib.import_module(REGISTRY[name])
     return cast(Callable[[Spec], Backend], module.build)(spec)
+
+
+def reachable(host: str, port: int) -> str:
+    """Where a server that listens on `host` is reached from this machine, without a path."""
+    # A wildcard is where to listen, not where to connect to.
+    reach = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"http://{f'[{reach}]' if ':' in reach else reach}:{port}"
+
+
+def embedding_fields(embedding: EmbeddingSpec) -> dict[str, object]:
+    """An embedding model as our servers' configuration files have it.
+
+    Raises UsageError when one of its files is not named.
+    """
+    if embedding.model is None or embedding.tokenizer is None:
+        raise UsageError(f"embedding {embedding.id}: the paths of its two files are needed")
+    return {
+        "id": embedding.id,
+        "model": str(embedding.model),
+        "tokenizer": str(embedding.tokenizer),
+        "max_tokens": embedding.max_tokens,
+    }
 
 
 def capabilities(spec: Spec) -> frozenset[Capability]:

@@ -6,7 +6,7 @@ import json
 from types import MappingProxyType
 from typing import Any
 
-from difyops.backends import Backend, Spec, capabilities
+from difyops.backends import Backend, Spec, capabilities, embedding_fields, reachable
 from difyops.errors import UsageError
 from difyops.secrets import Secret
 
@@ -22,8 +22,8 @@ def config_text(spec: Spec) -> str:
     content: dict[str, Any] = {"host": spec.host, "port": spec.port}
     content["api_key"] = spec.api_key.reveal() if spec.api_key else None
     if llm is not None:
-        if llm.path is None:
-            raise UsageError(f"model {llm.id}: llamacpp needs the path of a GGUF file")
+        if llm.path is None or llm.context is None:
+            raise UsageError(f"model {llm.id}: llamacpp needs a GGUF file's path and a context")
         content["llm"] = {
             "id": llm.id,
             "path": str(llm.path),
@@ -33,14 +33,7 @@ def config_text(spec: Spec) -> str:
             "tools": llm.tools,
         }
     if embedding is not None:
-        if embedding.model is None or embedding.tokenizer is None:
-            raise UsageError(f"embedding {embedding.id}: the paths of its two files are needed")
-        content["embedding"] = {
-            "id": embedding.id,
-            "model": str(embedding.model),
-            "tokenizer": str(embedding.tokenizer),
-            "max_tokens": embedding.max_tokens,
-        }
+        content["embedding"] = embedding_fields(embedding)
     return json.dumps(content, indent=2) + "\n"
 
 
@@ -48,9 +41,7 @@ def build(spec: Spec) -> Backend:
     """Raises UsageError when `spec.config` or a model's file is not named."""
     if spec.config is None:
         raise UsageError("llamacpp: no path for its configuration file")
-    # A wildcard is where to listen, not where to connect to.
-    reach = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(spec.host, spec.host)  # noqa: S104
-    root = f"http://{f'[{reach}]' if ':' in reach else reach}:{spec.port}"
+    root = reachable(spec.host, spec.port)
     return Backend(
         name="llamacpp",
         command=(spec.python, "-m", "difyops.serving", "--config", str(spec.config)),

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ModelInfo:
     """One entry of `/v1/models`. `context` is in tokens, `dimensions` of an embedding; None means
-    that the server does not say."""
+    that the server does not say. `tools`: whether it calls tools, by its own word."""
 
     id: str
     context: int | None
     dimensions: int | None = None
+    tools: bool | None = None
     owned_by: str | None = None
 
 
@@ -58,6 +59,7 @@ def describe(
             id=entry["id"],
             context=_context(entry),
             dimensions=_number(entry.get("dimensions")),
+            tools=entry["tools"] if isinstance(entry.get("tools"), bool) else None,
             owned_by=entry.get("owned_by"),
         )
         for entry in entries

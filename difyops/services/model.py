@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from difyops.steplog import StepLog
 
 CONFIG = Path("etc/model.json")
-#: Chats at a time: Dify asks for a title while the next question may already be there.
-PARALLEL = 2
 #: Tokens of context unless model.context says otherwise: a processor reads a longer prompt for
 #: minutes, in which Dify gives up.
 USUAL_CONTEXT = 4096
@@ -30,7 +28,9 @@ def declare(deployment: Deployment) -> Service:
         return Service(
             "model", address=llm_url(deployment), ready=ready_elsewhere, ready_seconds=20
         )
-    backend = backends.build("llamacpp", spec)
+    # Embeddings without a chat model of ours are llamacpp's server without llama.cpp.
+    wanted = deployment.settings.model.backend
+    backend = backends.build("llamacpp" if wanted == "external" else wanted, spec)
     content = next(iter(backend.files.values())).reveal()
     return Service(
         "model",
@@ -44,7 +44,9 @@ def declare(deployment: Deployment) -> Service:
                 "HOME": str(deployment.paths.data / "home"),
             },
             inputs=digest(
-                deployment.facts.server + "".join(file.sha256 for _, file in _wanted(deployment))
+                deployment.facts.server
+                + str(deployment.settings.model.source)
+                + "".join(file.sha256 for _, file in _wanted(deployment))
             ),
         ),
         files=(File(CONFIG, content, private=True, for_service=True),),
@@ -59,22 +61,8 @@ def local_spec(deployment: Deployment) -> Spec | None:
     settings = deployment.settings
     folder = models_folder(deployment)
     llm = embedding = None
-    if settings.model.backend == "llamacpp":
-        entry = catalog.get_llm(settings.model.name)
-        context = settings.model.context or min(entry.trained_context, USUAL_CONTEXT)
-        if context > entry.trained_context:
-            raise UsageError(
-                f"difyops.yaml: model.context: {context} is more than {settings.model.name} was "
-                f"trained for ({entry.trained_context})",
-                f"set model.context to {entry.trained_context} or less",
-            )
-        llm = LlmSpec(
-            id=settings.model.name,
-            path=folder / settings.model.name / entry.weights.file,
-            context=context,
-            parallel=PARALLEL,
-            tools=entry.tools,
-        )
+    if settings.model.backend != "external":
+        llm = _llm_spec(deployment)
     if settings.embedding and settings.embedding.url is None:
         name = settings.embedding.name
         about = catalog.get_embedding(name)
@@ -94,6 +82,28 @@ def local_spec(deployment: Deployment) -> Spec | None:
         config=deployment.paths.root / CONFIG,
         python=deployment.facts.python,
     )
+
+
+def _llm_spec(deployment: Deployment) -> LlmSpec:
+    wanted = deployment.settings.model
+    if wanted.source is not None:
+        # What the model can, only the engine will know, once it has read it.
+        return LlmSpec(wanted.name, source_link(deployment), wanted.context, wanted.slots)
+    entry = catalog.get_llm(wanted.name)
+    context = wanted.context or min(entry.trained_context, USUAL_CONTEXT)
+    if context > entry.trained_context:
+        raise UsageError(
+            f"difyops.yaml: model.context: {context} is more than {wanted.name} was trained for "
+            f"({entry.trained_context})",
+            f"set model.context to {entry.trained_context} or less",
+        )
+    path = models_folder(deployment) / wanted.name / entry.weights.file
+    return LlmSpec(wanted.name, path, context, wanted.slots, tools=entry.tools)
+
+
+def source_link(deployment: Deployment) -> Path:
+    """Where `model.source` is found: a link that the install step makes, one per source."""
+    return models_folder(deployment) / f"source-{digest(str(deployment.settings.model.source))}"
 
 
 def models_folder(deployment: Deployment) -> Path:
@@ -169,19 +179,24 @@ def ready_elsewhere(deployment: Deployment) -> str:
 
 
 def _wanted(deployment: Deployment) -> list[tuple[str, catalog.ModelFile]]:
+    """The files of what is served from the catalog."""
     spec = local_spec(deployment)
-    names = [part.id for part in (spec.llm, spec.embedding) if part] if spec else []
+    names = [spec.embedding.id] if spec and spec.embedding else []
+    if spec and spec.llm and deployment.settings.model.source is None:
+        names.insert(0, spec.llm.id)
     return [(name, file) for name in names for file in catalog.get(name).files().values()]
 
 
 def files_done(deployment: Deployment) -> str | None:
     wanted = _wanted(deployment)
     folder = models_folder(deployment)
+    if deployment.settings.model.source and not source_link(deployment).exists():
+        return None
     if all(
         modelsource.present(name=n, file=f.file, sha256=f.sha256, size=f.bytes, directory=folder)
         for n, f in wanted
     ):
-        return _total(wanted)
+        return _told(deployment, wanted)
     return None
 
 
@@ -203,9 +218,26 @@ def fetch_files(deployment: Deployment, log: StepLog) -> str:
         for folder in (path.parent, path.parent.parent):
             folder.chmod(0o755)  # read by the service's user, whatever our umask
         path.chmod(0o644)
-    return _total(wanted)
+    if source := deployment.settings.model.source:
+        _link(source, source_link(deployment), log)
+    return _told(deployment, wanted)
 
 
-def _total(wanted: list[tuple[str, catalog.ModelFile]]) -> str:
+def _link(source: str, link: Path, log: StepLog) -> None:
+    # Imported here: it brings the engine's reader of model folders.
+    from difyops.engine import sources
+
+    found = sources.resolve(source, link.parent, log.detail).resolve()
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(found)
+
+
+def _told(deployment: Deployment, wanted: list[tuple[str, catalog.ModelFile]]) -> str:
     size = sum(file.bytes for _, file in wanted)
-    return f"{', '.join(dict.fromkeys(name for name, _ in wanted))}: {size / 1e6:.0f} MB, verified"
+    parts = [
+        f"{', '.join(dict.fromkeys(name for name, _ in wanted))}: {size / 1e6:.0f} MB, verified"
+    ]
+    if source := deployment.settings.model.source:
+        parts = [f"{deployment.settings.model.name} from {source}", *(parts if wanted else ())]
+    return "; ".join(parts)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from difyops.engine.mixers import REGISTRY
+from difyops.engine.mixers import REGISTRY, RecurrentMixer
 from tests.engine.gates import LENGTHS, Bench, error, tokens
 
 #: Never two dimensions that are equal by accident.
@@ -31,6 +31,33 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "mamba2",
         {"heads": 6, "head_dim": 4, "state_dim": 5, "groups": 2, "conv_width": 2, "bias": True,
          "conv_bias": False, "dt_min": 0.01, "dt_max": 0.08},
+    ),
+    "linear": ("linear", {"heads": 3, "head_dim": 10, "value_dim": 7}),
+    "linear-exp": (
+        "linear",
+        {"heads": 6, "kv_heads": 2, "head_dim": 5, "value_dim": 7, "feature": "exp"},
+    ),
+    "linear-grouped-rotary": (
+        "linear", {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7, "rotary_dim": 4},
+    ),
+    "performer": ("performer", {"heads": 3, "head_dim": 5, "value_dim": 7, "features": 13}),
+    "performer-grouped-rotary": (
+        "performer",
+        {"heads": 4, "kv_heads": 2, "head_dim": 6, "value_dim": 7, "features": 11,
+         "rotary_dim": 4, "seed": 5},
+    ),
+    "norm": ("norm", {"heads": 3, "head_dim": 10, "value_dim": 7}),
+    "norm-grouped-rotary": (
+        "norm", {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7, "rotary_dim": 10},
+    ),
+    "diag": ("diag", {"heads": 3, "head_dim": 10, "value_dim": 7}),
+    "diag-grouped-rotary": (
+        "diag",
+        {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7, "rotary_dim": 4, "block": 5},
+    ),
+    "retention": ("retention", {"heads": 3, "head_dim": 5, "value_dim": 10}),
+    "retention-grouped-rotary": (
+        "retention", {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7, "rotary_dim": 10},
     ),
 }  # fmt: skip
 
@@ -148,3 +175,32 @@ def test_sequences_do_not_touch_each_other(kind: tuple[str, dict[str, Any]]) -> 
         out = bench.step({b: y[10 + i], a: x[50 + i]})
     assert error(out[a], bench.mixer.reference(x)[-1]) < EXACT
     assert error(out[b], bench.mixer.reference(y[:30])[-1]) < EXACT
+
+
+def test_a_later_token_changes_nothing_before_it(kind: tuple[str, dict[str, Any]]) -> None:
+    """Not even a huge one, and wherever it stands in its chunk."""
+    bench, x = Bench.of(*kind), tokens(150)
+    before = bench.prefill({bench.slot(): x})
+    for at in (1, 33, 64, 149):
+        changed = torch.cat((x[:at], 3000 * tokens(150 - at, seed=6)))
+        slot = bench.slot()
+        after = bench.prefill({slot: changed})[slot]
+        assert error(after[:at], next(iter(before.values()))[:at]) < EXACT
+        bench.pool.release(slot)
+
+
+def test_tokens_behind_the_length_are_not_there(kind: tuple[str, dict[str, Any]]) -> None:
+    bench, x, y = Bench.of(*kind), tokens(20), tokens(2 * 70, seed=7).view(2, 70, -1)
+    if not isinstance(bench.mixer, RecurrentMixer):
+        pytest.skip("it keeps tokens, and no state")
+    a, b = bench.slot(), bench.slot()
+    bench.prefill({a: x, b: x})
+    slots = torch.tensor([a, b])
+    inputs = bench.mixer.project(y, 20 + torch.arange(70).expand(2, -1))
+    carry = bench.state.read(slots)
+    _, after = bench.mixer.scan(inputs, carry, torch.tensor([0, 66]))
+    short = {name: tensor[:, :66] for name, tensor in inputs.items()}
+    _, wanted = bench.mixer.scan(short, carry, torch.tensor([66, 66]))
+    for name, tensor in after.items():
+        assert torch.equal(tensor[0], carry[name][0])
+        assert error(tensor[1], wanted[name][1]) < EXACT

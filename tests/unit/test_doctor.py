@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -253,9 +254,13 @@ def on_a_terminal(monkeypatch, show) -> str:
     with os.fdopen(writer, "w") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
         show()
-        terminal.flush()
         monkeypatch.undo()
-        return os.read(reader, 100_000).decode()
+    shown = b""
+    with contextlib.suppress(OSError):  # how the end of a terminal reads
+        while chunk := os.read(reader, 4096):
+            shown += chunk
+    os.close(reader)
+    return shown.decode()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_an_empty_file_means_all_defaults(tmp_path: Path, text: str) -> None:
     [
         ("postgress: {}", "postgress: unknown key", "did you mean `postgres`?"),
         ("model: {backen: external}", "model.backen: unknown key", "did you mean `backend`?"),
-        ("model: {xyzzy: 1}", "model.xyzzy: unknown key", "known keys: backend, name, context"),
+        ("model: {xyzzy: 1}", "model.xyzzy: unknown key", "known keys: backend, name, source"),
         (
             "postgres: {provider: weel}",
             "postgres.provider: should be 'wheel', 'system', 'tarball' or 'external', not 'weel'",
@@ -53,6 +53,7 @@ def test_an_empty_file_means_all_defaults(tmp_path: Path, text: str) -> None:
         ("dify: {port: }", "dify.port: should be a valid integer, not empty", ""),
         ("dify: {enabled: 'no'}", "dify.enabled: should be a valid boolean, not 'no'", ""),
         ("model: {context: 255}", "model.context: should be greater than or equal to 256", ""),
+        ("model: {source: ./m}", "model: model.source is only for backend native", ""),
         ("model: [llamacpp]", "model: should be a mapping of keys, not a list", ""),
         ("model: small", "model: should be a mapping of keys, not 'small'", ""),
         ("model:\n", "model: should be a mapping of keys, not empty", "remove `model:`"),

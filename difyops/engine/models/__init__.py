@@ -32,6 +32,7 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
         "mamba2": "difyops.engine.models.mamba2",
         "qwen3_5": "difyops.engine.models.qwen35",
         "qwen3_5_text": "difyops.engine.models.qwen35",
+        "difyops_native": "difyops.engine.models.native",
     }
 )
 
