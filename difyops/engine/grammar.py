@@ -17,7 +17,7 @@ import llguidance
 import numpy as np
 
 from difyops.engine import lark
-from difyops.engine.schema import UnsupportedSchema, normalise, subschemas
+from difyops.engine.schema import UnsupportedSchema, normalise, reachable
 from difyops.engine.toolformats import Tool, ToolFormat
 
 if TYPE_CHECKING:
@@ -132,11 +132,11 @@ class Grammars:
     def _locate(self, schema: Any, why: str) -> UnsupportedSchema:
         """The innermost place that fails by itself; llguidance's messages name none."""
         until = time.monotonic() + _LOCATE_S
-        for pointer, part in reversed(list(subschemas(schema))):
+        for pointer, part in reversed(reachable(schema)):
             if time.monotonic() > until:
                 break
             if reason := self._refusal(part, schema, pointer):
-                for keyword in part:
+                for keyword in reversed(part):
                     rest = {k: v for k, v in part.items() if k != keyword}
                     if not self._refusal(rest, schema, pointer):
                         return UnsupportedSchema(f"{pointer}/{keyword}", keyword, reason)
@@ -229,6 +229,8 @@ class GrammarConstraint:
     def _give(self, tokens: Sequence[int], token: int) -> int:
         # consume_token would leave the matcher in an error that cannot be rolled back.
         if (taken := self._matcher.try_consume_tokens(tokens)) != len(tokens):
+            if self._matcher.is_error():
+                raise GrammarFailed(self._matcher.get_error().strip())
             self._matcher.rollback(taken)
             raise self._refused(token)
         return len(tokens)
@@ -294,8 +296,11 @@ class _Vocabulary:
             n_vocab=max(size, tokenizer.get_vocab_size(with_added_tokens=True)),
             eos_token=sorted(stop_ids),
         )
+        # llguidance takes added tokens of the form <…> for special ones, too: no text matches them.
         added = tokenizer.get_added_tokens_decoder()
-        self._special = {t.content: i for i, t in added.items() if t.special}
+        self._special = {
+            t.content: i for i, t in added.items() if self.tokenizer.is_special_token(i)
+        }
         self.closing = functools.cache(self._closing)
 
     def literal(self, text: str) -> str:

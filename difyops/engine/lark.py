@@ -10,7 +10,8 @@ from typing import Any
 import llguidance
 
 from difyops.engine import toolformats as tags
-from difyops.engine.schema import TYPES, UnsupportedSchema, normalise, types_of
+from difyops.engine.schema import UnsupportedSchema, escape, normalise
+from difyops.engine.schemafacts import TYPES, types_of
 from difyops.engine.toolformats import Tool, ToolFormat
 
 #: Masks say what the grammar allows, not one tokenizer's favourite way of writing it.
@@ -23,6 +24,7 @@ _JSON = {"whitespace_pattern": _WHITESPACE, "json_allowed_escapes": 'nrbtf\\"'}
 MAX_PARALLEL = 16
 
 _NO_TAG = r"~/(?s:.*)<\/parameter>(?s:.*)/"
+_VALUE_END = json.dumps(f"\n{tags.PARAMETER_CLOSE}\n")
 #: How a value of a type begins. Where a string may be another type as well, what reads as that type
 #: is that type; see toolcalls.py.
 _BEGINS = {
@@ -32,6 +34,11 @@ _BEGINS = {
     "array": r"\[",
     "object": r"\{",
 }
+_NOT_OF_STRINGS = frozenset(
+    {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+    | {"items", "prefixItems", "minItems", "maxItems", "properties", "patternProperties"}
+    | {"additionalProperties", "required", "minProperties", "maxProperties"}
+)
 _RAW_KEYWORDS = frozenset({"type", "const", "enum", "pattern", "minLength", "maxLength"})
 
 
@@ -136,9 +143,9 @@ def _coder(tool: Tool, prefix: str) -> Source:
             raise UnsupportedSchema(
                 "/properties", "properties", f"{name!r} does not fit into a tag"
             )
-        start, end = f"{tags.PARAMETER_OPEN}{name}>\n", f"\n{tags.PARAMETER_CLOSE}\n"
-        value_rules = _coder_value(value, defs, rule, f"/properties/{name}")
-        rules += [f"{rule}: {quoted(start)} {rule}v {quoted(end)}", *value_rules]
+        start = quoted(f"{tags.PARAMETER_OPEN}{name}>\n")
+        rules.append(f"{rule}: {start} {rule}v")
+        rules += _coder_value(value, defs, rule, f"/properties/{escape(name)}")
         body.append(rule if name in required else f"{rule}?")
     body.append(quoted(tags.FUNCTION_CLOSE))
     return Source(" ".join(body), tuple(rules))
@@ -153,7 +160,7 @@ def _coder_value(value: Any, defs: Mapping[str, Any], rule: str, at: str) -> lis
         if "string" in types_of(branch):
             name, body = f"{rule.upper()}V{i}", _raw_string(branch, others, at)
         else:
-            name, body = f"{rule}v{i}", from_schema(branch, defs).body
+            name, body = f"{rule}v{i}", f"{from_schema(branch, defs).body} {_VALUE_END}"
         options.append(name)
         rules.append(f"{name}: {body}")
     return [f"{rule}v: {' | '.join(options)}", *rules]
@@ -171,10 +178,8 @@ def _branches(value: Any, defs: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "string" not in types or types == {"string"}:
         return [value]
     given = value.get("type", list(TYPES))
-    strings, rest = (
-        {**value, "type": "string"},
-        {**value, "type": [t for t in given if t != "string"]},
-    )
+    strings = {k: v for k, v in value.items() if k not in _NOT_OF_STRINGS} | {"type": "string"}
+    rest = {**value, "type": [t for t in given if t != "string"]}
     if "enum" in value:
         strings["enum"] = [v for v in value["enum"] if isinstance(v, str)]
         rest["enum"] = [v for v in value["enum"] if not isinstance(v, str)]
@@ -196,7 +201,8 @@ def _raw_string(branch: dict[str, Any], others: set[str], at: str) -> str:
     parts.append(_NO_TAG)
     if begins := "|".join(_BEGINS[t] for t in sorted(others)):
         parts.append(rf"~/(?s:\s*(?:{begins}).*)/")
-    return " & ".join(parts)
+    # One terminal with its end: the lexer is greedy, and would take the end for text.
+    return f"({' & '.join(parts)}) {_VALUE_END}"
 
 
 def _search(pattern: str) -> str:

@@ -2,12 +2,13 @@
 
 llguidance skips some keywords in silence, lets a few values through that the schema forbids (the
 29th of February in any year, integers above 2**53 rounded, a key counted twice), and takes options
-out of the schema itself. Here every keyword is either handed on in a form that is enforced, or an error.
+out of the schema itself. Here every keyword is handed on in a form that is enforced, or an error.
 Reference: JSON Schema draft 2020-12; the drafts 4 to 2019-09 where they say the same.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -15,15 +16,21 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
-MAX_BYTES = 256 * 1024
+from difyops.engine.schemafacts import TYPES, equal, finite, literals, types_of
+
+MAX_BYTES = 128 * 1024
 MAX_DEPTH = 64
+MAX_NAMES = 1000
+#: Levels of the schema and of everything it refers to, together. llguidance follows references by
+#: recursion, and a thread's stack of 8 MiB ends near 1,700 levels: the process would die.
+MAX_LEVELS = 800
+#: Branches of a oneOf; each is compared with each.
+MAX_COMPARED = 100
 #: Integers up to here are exact in float64, which is what llguidance computes in.
 MAX_INTEGER = 2**53
 
-TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
-
 #: They constrain nothing. Extensions of the form `x-…` belong here, too.
-_ANNOTATIONS = frozenset(
+ANNOTATIONS = frozenset(
     {"$schema", "$id", "id", "$comment", "$anchor", "$defs", "definitions", "title", "description"}
     | {"default", "examples", "example", "deprecated", "readOnly", "writeOnly", "discriminator"}
     | {"contentEncoding", "contentMediaType", "contentSchema"}
@@ -87,31 +94,42 @@ def normalise(
     if size > MAX_BYTES:
         raise UnsupportedSchema("", "schema", f"has {size} bytes; {MAX_BYTES} are accepted")
     reader = _Reader(schema if root is None else root, prefix)
-    result = reader.read(schema, at, 0)
-    reader.check_finite()
-    return result, reader.defs
+    return reader.whole(schema, at), reader.defs
 
 
-def subschemas(schema: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """A schema and the schemas inside it with their JSON pointers, the outer ones first."""
+def reachable(schema: Any) -> list[tuple[str, dict[str, Any]]]:
+    """A schema that normalise takes, and all inside it that counts, each with its JSON pointer.
+
+    The outer ones come first, and definitions that nothing refers to not at all.
+    """
+    reader = _Reader(schema, "")
+    reader.whole(schema, "")
+    found = dict(_walk(schema, ""))
+    for pointer in list(reader.targets):
+        found.update(_walk(reader.targets[pointer], pointer))
+    return list(found.items())
+
+
+def _walk(schema: Any, at: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if not isinstance(schema, dict):
         return
     yield at, schema
     for keyword, value in schema.items():
-        where = f"{at}/{_escape(keyword)}"
-        if keyword in ("properties", "patternProperties", "$defs", "definitions"):
+        where = f"{at}/{escape(keyword)}"
+        if keyword in ("properties", "patternProperties"):
             for name, one in value.items():
-                yield from subschemas(one, f"{where}/{_escape(name)}")
+                yield from _walk(one, f"{where}/{escape(name)}")
         elif keyword in ("allOf", "anyOf", "oneOf", "prefixItems", "items") and isinstance(
             value, list
         ):
             for i, one in enumerate(value):
-                yield from subschemas(one, f"{where}/{i}")
+                yield from _walk(one, f"{where}/{i}")
         elif keyword in ("items", "additionalItems", "additionalProperties"):
-            yield from subschemas(value, where)
+            yield from _walk(value, where)
 
 
-def _escape(name: str) -> str:
+def escape(name: str) -> str:
+    """A name as a part of a JSON pointer (RFC 6901)."""
     return name.replace("~", "~0").replace("/", "~1")
 
 
@@ -126,7 +144,12 @@ class _Reader:
         self.root = root
         self.prefix = prefix
         self.defs: dict[str, Any] = {}
-        self._names: dict[str, str] = {}  # JSON pointer of a reference's target -> name in defs
+        self.targets: dict[str, Any] = {}  # what references mean, by JSON pointer
+        self._names: dict[str, str] = {}  # the same pointers -> names in defs
+        self._unread: list[tuple[str, str]] = []
+        self._one_ofs: list[dict[str, Any]] = []
+        self._deepest = 0
+        self._levels = 0
         self._old = self._is_old_draft(root)
 
     @staticmethod
@@ -139,6 +162,25 @@ class _Reader:
             raise UnsupportedSchema("/$schema", "$schema", f"{declared!r} is not a known draft")
         return draft[1] != "draft/2020-12"
 
+    def whole(self, schema: Any, at: str) -> Any:
+        """`schema` and, into `defs`, everything it refers to."""
+        result = self._read_all(schema, at)
+        while self._unread:  # not by recursion: references may chain
+            name, pointer = self._unread.pop()
+            self.defs[name] = self._read_all(self.targets[pointer], pointer)
+        for out in self._one_ofs:
+            self._relax(out)
+        self._check_finite()
+        return result
+
+    def _read_all(self, schema: Any, at: str) -> Any:
+        self._deepest = 0
+        result = self.read(schema, at, 0)
+        self._levels += self._deepest + 1
+        if self._levels > MAX_LEVELS:
+            raise UnsupportedSchema(at, "$ref", f"leads to more than {MAX_LEVELS} levels in all")
+        return result
+
     def read(self, schema: Any, at: str, depth: int) -> Any:
         if isinstance(schema, bool):
             return schema
@@ -146,12 +188,13 @@ class _Reader:
             raise UnsupportedSchema(at, "schema", "must be an object or a boolean")
         if depth > MAX_DEPTH:
             raise UnsupportedSchema(at, "schema", f"is nested deeper than {MAX_DEPTH} levels")
+        self._deepest = max(self._deepest, depth)
         out: dict[str, Any] = {}
         for keyword, value in schema.items():
-            where = f"{at}/{_escape(keyword)}"
+            where = f"{at}/{escape(keyword)}"
             if keyword in ("$id", "id") and at and "$ref" not in schema:
                 raise UnsupportedSchema(where, keyword, "is supported at the root only")
-            if keyword in _ANNOTATIONS or (keyword.startswith("x-") and keyword != "x-guidance"):
+            if keyword in ANNOTATIONS or (keyword.startswith("x-") and keyword != "x-guidance"):
                 continue
             handler = _HANDLERS.get(keyword)
             if handler is None:
@@ -167,8 +210,8 @@ class _Reader:
         pointer = unquote(value[1:])
         if pointer not in self._names:
             name = self._names[pointer] = f"{self.prefix}{len(self._names)}"
-            # Depth starts anew: references add no nesting, and each target is read once.
-            self.defs[name] = self.read(self._resolve(pointer, at), pointer, 0)
+            self.targets[pointer] = self._resolve(pointer, at)
+            self._unread.append((name, pointer))
         out["$ref"] = f"#/$defs/{self._names[pointer]}"
 
     def _resolve(self, pointer: str, at: str) -> Any:
@@ -190,26 +233,26 @@ class _Reader:
         options = [
             self.read(s, f"{at}/{i}", n) for i, s in enumerate(_filled_list(keyword, value, at))
         ]
-        if keyword == "oneOf" and self._all_disjoint(options):
-            keyword = "anyOf"
-        if keyword in out or (keyword == "anyOf" and "oneOf" in schema and "anyOf" in schema):
-            out.setdefault("allOf", []).extend(
-                options if keyword == "allOf" else [{keyword: options}]
-            )
-        else:
-            out[keyword] = options
+        if keyword == "oneOf":
+            self._one_ofs.append(out)
+        # What was put there by another keyword stays.
+        out[keyword] = [*out.get(keyword, ()), *options]
 
     def _named(self, out: Any, schema: Any, keyword: str, value: Any, at: str, n: int) -> None:
         if not isinstance(value, dict):
             raise UnsupportedSchema(at, keyword, "must be an object of schemas")
+        if len(value) > MAX_NAMES:
+            raise UnsupportedSchema(
+                at, keyword, f"has {len(value)} names; {MAX_NAMES} are accepted"
+            )
         for name in value:
             if keyword == "patternProperties":
-                _check_pattern(keyword, name, f"{at}/{_escape(name)}")
+                _check_pattern(keyword, name, f"{at}/{escape(name)}")
             elif _UNREPRESENTABLE.search(name):
                 raise UnsupportedSchema(
                     at, keyword, f"has the name {name!r} with a control character"
                 )
-        out[keyword] = {k: self.read(s, f"{at}/{_escape(k)}", n) for k, s in value.items()}
+        out[keyword] = {k: self.read(s, f"{at}/{escape(k)}", n) for k, s in value.items()}
 
     def _items(self, out: Any, schema: Any, keyword: str, value: Any, at: str, n: int) -> None:
         if not isinstance(value, list):
@@ -305,8 +348,16 @@ class _Reader:
 
     # What must hold of the whole
 
-    def _all_disjoint(self, options: list[Any]) -> bool:
-        return all(self._disjoint(a, b, 0) for i, a in enumerate(options) for b in options[i + 1 :])
+    def _relax(self, out: dict[str, Any]) -> None:
+        """Say anyOf for oneOf where no value can satisfy two of its branches."""
+        options = out["oneOf"]
+        pairs = itertools.combinations(options, 2)
+        if len(options) <= MAX_COMPARED and all(self._disjoint(a, b, 0) for a, b in pairs):
+            del out["oneOf"]
+            if "anyOf" in out:
+                out["allOf"] = [*out.get("allOf", ()), {"anyOf": options}]
+            else:
+                out["anyOf"] = options
 
     def _disjoint(self, a: Any, b: Any, depth: int) -> bool:
         """Provably no value satisfies both, so that `oneOf` says the same as `anyOf`."""
@@ -315,8 +366,8 @@ class _Reader:
             return False
         if not types_of(a) & types_of(b):
             return True
-        if (values := _literals(a)) is not None and (others := _literals(b)) is not None:
-            return not any(_equal(v, w) for v in values for w in others)
+        if (values := literals(a)) is not None and (others := literals(b)) is not None:
+            return not any(equal(v, w) for v in values for w in others)
         if types_of(a) & types_of(b) != {"object"}:
             return False
         shared = set(a.get("required", ())) & set(b.get("required", ()))
@@ -332,13 +383,13 @@ class _Reader:
             schema = self.defs.get(schema["$ref"].removeprefix("#/$defs/"))
         return schema
 
-    def check_finite(self) -> None:
+    def _check_finite(self) -> None:
         """A reference whose value would have to contain itself for ever traps the output."""
-        finite: set[str] = set()
-        while new := {n for n in self.defs if n not in finite and _finite(self.defs[n], finite)}:
-            finite |= new
+        ends: set[str] = set()
+        while new := {n for n in self.defs if n not in ends and finite(self.defs[n], ends)}:
+            ends |= new
         for pointer, name in self._names.items():
-            if name not in finite:
+            if name not in ends:
                 raise UnsupportedSchema(pointer, "$ref", "to this place has no finite value")
 
 
@@ -400,66 +451,3 @@ def _check_value(keyword: str, value: Any, at: str) -> None:
         raise UnsupportedSchema(at, keyword, f"{value!r} has a control character")
     elif _is_number(value) and abs(value) > MAX_INTEGER:
         raise UnsupportedSchema(at, keyword, f"{value} is beyond 2**53")
-
-
-def types_of(schema: dict[str, Any]) -> set[str]:
-    """The types a value may have, `integer` counted as `number`."""
-    given = schema.get("type", list(TYPES))
-    types = {
-        "number" if t == "integer" else t for t in (given if isinstance(given, list) else [given])
-    }
-    values = _literals(schema)
-    return types if values is None else types & {_type_of(v) for v in values}
-
-
-def _type_of(value: Any) -> str:
-    names: dict[type, str] = {bool: "boolean", int: "number", float: "number", str: "string"}
-    names |= {list: "array", dict: "object"}
-    return names.get(type(value), "null")
-
-
-def _literals(schema: dict[str, Any]) -> list[Any] | None:
-    if "const" in schema:
-        return [schema["const"]]
-    values: list[Any] | None = schema.get("enum")
-    return values
-
-
-def _equal(a: Any, b: Any) -> bool:
-    # Python calls some lists equal that differ in JSON ([true] and [1]): too careful is safe.
-    return bool(a == b) if _type_of(a) == _type_of(b) else False
-
-
-def _finite(schema: Any, known: set[str]) -> bool:
-    """Whether a value can end, given the definitions that can."""
-    if not isinstance(schema, dict):
-        return bool(schema)
-    if "$ref" in schema and schema["$ref"].removeprefix("#/$defs/") not in known:
-        return False
-    if not all(_finite(s, known) for s in schema.get("allOf", ())):
-        return False
-    for keyword in ("anyOf", "oneOf"):
-        if keyword in schema and not any(_finite(s, known) for s in schema[keyword]):
-            return False
-    types = types_of(schema)
-    if types - {"array", "object"} or "const" in schema or "enum" in schema:
-        return True
-    return ("object" in types and _finite_object(schema, known)) or (
-        "array" in types and _finite_array(schema, known)
-    )
-
-
-def _finite_object(schema: dict[str, Any], known: set[str]) -> bool:
-    properties, rest = schema.get("properties", {}), schema.get("additionalProperties", True)
-    if not all(_finite(properties.get(name, rest), known) for name in schema.get("required", ())):
-        return False
-    if schema.get("minProperties", 0) <= len(schema.get("required", ())):
-        return True
-    others = [*properties.values(), *schema.get("patternProperties", {}).values(), rest]
-    return any(_finite(s, known) for s in others)
-
-
-def _finite_array(schema: dict[str, Any], known: set[str]) -> bool:
-    least, prefix = schema.get("minItems", 0), schema.get("prefixItems", [])
-    needed = prefix[:least] + ([schema.get("items", True)] if least > len(prefix) else [])
-    return all(_finite(s, known) for s in needed)

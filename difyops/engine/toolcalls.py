@@ -357,7 +357,9 @@ def _type_of(value: Any) -> set[str]:
         return {"boolean" if isinstance(value, bool) else "null"}
     if isinstance(value, int | float):
         return {"number", "integer"} if value == value // 1 else {"number"}
-    return {"string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"}
+    return {
+        "string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"
+    }
 
 
 def _types(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:

@@ -59,7 +59,9 @@ def read(pieces: list[str], form: ToolFormat | None, **options: Any) -> Joined:
     return joined
 
 
-HERMES = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "a}\\"</tool_call>"}}\n</tool_call>'
+HERMES = (
+    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "a}\\"</tool_call>"}}\n</tool_call>'
+)
 CODER = (
     "<tool_call>\n<function=get_weather>\n<parameter=city>\nSão\nPaulo\n\n</parameter>\n"
     '<parameter=days>\n3\n</parameter>\n<parameter=tags>\n["x", "y"]\n</parameter>\n'
@@ -132,7 +134,7 @@ def test_hermes_written_otherwise(inside: str, arguments: Any) -> None:
 @pytest.mark.parametrize("form", ["hermes", "qwen3_coder"])
 def test_what_is_no_call_is_content(text: str, form: ToolFormat) -> None:
     assert read([text], form) == Joined(content=text)
-    assert read(list(text[:200]) + [text[200:]], form) == Joined(content=text)
+    assert read([*text[:200], text[200:]], form) == Joined(content=text)
 
 
 def test_a_call_cut_short_keeps_what_was_written() -> None:

@@ -25,6 +25,8 @@ def tokenizer(*, special_tags: bool = False) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
     made.train_from_iterator(_TEXT * 20, trainer)
     made.add_special_tokens([AddedToken(stop, special=True) for stop in STOPS])
+    # Pieces that end a tag and go on: real vocabularies have them.
+    made.add_tokens([AddedToken(">\n\n", special=False), AddedToken(">x", special=False)])
     tags = ("<tool_call>", "</tool_call>")
     if special_tags:
         made.add_special_tokens([AddedToken(tag, special=True) for tag in tags])
@@ -41,19 +43,28 @@ def allowed(mask: np.ndarray, size: int) -> np.ndarray:
 
 
 class RandomModel:
-    """Greedy over random logits. After `patience` tokens it would like to end, as a model would: the
-    logits of the stop ids, and then of what closes strings, objects and lists, are raised."""
+    """Greedy over random logits.
+
+    After `patience` tokens it would like to end, as a model would: the logits of the stop ids are
+    raised, and of what closes strings, objects and lists, and of the @ that an address needs.
+    """
 
     def __init__(self, tokenizer: Tokenizer, size: int, stops: set[int], seed: int) -> None:
-        self._random = random.Random(seed)
+        self._random = random.Random(seed)  # noqa: S311
         self._size = size
         self._stops = stops
         self._tokenizer = tokenizer
-        self._closing = [{tokenizer.token_to_id(c)} for c in '"}]']
+        self._end: list[set[int]] = []
+        self._written = 0
+        self._closing = [{tokenizer.token_to_id(c)} for c in '"}]@']
 
-    def write(self, constraint: Constraint, *, patience: int = 40, limit: int = 2000) -> str | None:
-        """The text up to the stop id; None if the limit came first."""
+    def write(
+        self, constraint: Constraint, *, patience: int = 40, limit: int = 2000, end: str = ""
+    ) -> str | None:
+        """The text up to the stop id; None if the limit came first. `end` is written when tired."""
         tokens: list[int] = []
+        self._end = [{self._tokenizer.token_to_id("Ċ" if c == "\n" else c)} for c in end]
+        self._written = 0
         for step in range(limit):
             mask = constraint.mask()
             assert mask is not None
@@ -65,6 +76,11 @@ class RandomModel:
         return None
 
     def _choose(self, ids: list[int], tired: bool) -> int:
+        ending = self._end[self._written : self._written + 1] if tired else []
+        if ending and ending[0] & set(ids) and not self._stops & set(ids):
+            self._written = (self._written + 1) % len(self._end)
+            return min(ending[0])
+        self._written = 0
         for group in (self._stops, *self._closing) if tired else ():
             if (found := group.intersection(ids)) and self._random.random() < 0.9:
                 return min(found)
