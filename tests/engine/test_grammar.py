@@ -29,7 +29,7 @@ from tests.engine.constrained import (
     taken,
     write,
 )
-from tests.engine.tiny import STOPS, RandomModel, tokenizer
+from tests.engine.tiny import STOPS, RandomModel, allowed, tokenizer
 
 WORDS = ["a", "ab", "abc", "the quick", "the brown", "true", "{}", "é", 'say "x"', "\n\n", "日本"]
 
@@ -195,15 +195,33 @@ def test_a_token_that_closes_and_goes_on() -> None:
         constraint = GRAMMARS.choice([text], after="</think>")
         for token in ids_of("hm </think"):
             constraint.advance(token)
-        mask = constraint.mask()
-        assert (mask is None) == fits
-        assert mask is None or set(range(KNOWN)) - ids(constraint) == {more}
+        forbidden = set(range(KNOWN)) - ids(constraint)
+        assert forbidden == {TOKENIZER.token_to_id(">az")} | (set() if fits else {more})
         assert taken(constraint, [newlines]) and taken(constraint, [more]) == fits
         constraint.advance(more if fits else newlines)
         assert not constraint.finished and not ids(constraint) & STOP_IDS
         for token in ids_of(text[fits:]):
             constraint.advance(token)
         assert constraint.finished
+
+
+def test_a_refused_end_leaves_the_grammar_where_it_was() -> None:
+    constraint = GRAMMARS.choice(["abc"], after="</think>")
+    for token in ids_of("hm </think"):
+        constraint.advance(token)
+    with pytest.raises(ValueError, match="not allowed"):
+        constraint.advance(TOKENIZER.token_to_id(">az"))  # its a would fit, its z does not
+    constraint.advance(TOKENIZER.token_to_id(">"))
+    for token in ids_of("abc"):
+        constraint.advance(token)
+    assert constraint.finished
+
+
+def test_a_model_may_know_fewer_tokens_than_its_tokenizer() -> None:
+    grammars = Grammars(TOKENIZER, KNOWN - 3, STOP_IDS)
+    mask = grammars.regex("(?s:.*)").mask()
+    assert mask is not None and mask.shape == ((KNOWN - 3 + 31) // 32,)
+    assert len(allowed(mask, KNOWN - 3)) > 200
 
 
 def test_a_stop_inside_the_reasoning_ends_the_output() -> None:

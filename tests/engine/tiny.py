@@ -26,7 +26,7 @@ def tokenizer(*, special_tags: bool = False) -> Tokenizer:
     made.train_from_iterator(_TEXT * 20, trainer)
     made.add_special_tokens([AddedToken(stop, special=True) for stop in STOPS])
     # Pieces that end a tag and go on: real vocabularies have them.
-    made.add_tokens([AddedToken(">\n\n", special=False), AddedToken(">x", special=False)])
+    made.add_tokens([AddedToken(piece, special=False) for piece in (">\n\n", ">x", ">az")])
     tags = ("<tool_call>", "</tool_call>")
     if special_tags:
         made.add_special_tokens([AddedToken(tag, special=True) for tag in tags])
