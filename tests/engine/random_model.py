@@ -50,7 +50,7 @@ class RandomModel:
     """
 
     def __init__(self, tokenizer: Tokenizer, size: int, stops: set[int], seed: int) -> None:
-        self._random = random.Random(seed)  # noqa: S311
+        self._random = random.Random(seed)
         self._size = size
         self._stops = stops
         self._tokenizer = tokenizer

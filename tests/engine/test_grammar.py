@@ -37,7 +37,7 @@ WORDS = ["a", "ab", "abc", "the quick", "the brown", "true", "{}", "é", 'say "x
 def test_the_mask_of_a_choice_is_what_its_words_say() -> None:
     """At every prefix of every word: exactly the tokens whose bytes keep to a word."""
     words = [word.encode() for word in WORDS]
-    rng = random.Random(0)  # noqa: S311
+    rng = random.Random(0)
     for word in words:
         for _ in range(3):
             constraint, done = GRAMMARS.choice(WORDS), b""
@@ -68,7 +68,7 @@ def test_the_mask_of_a_choice_is_what_its_words_say() -> None:
 def test_the_mask_is_what_each_token_alone_would_get(schema: dict[str, Any]) -> None:
     """The tokens that advance takes, and those whose bytes one by one are taken, are the mask's."""
     single = {data: t for t, data in enumerate(BYTES) if len(data) == 1}
-    rng = random.Random(1)  # noqa: S311
+    rng = random.Random(1)
     constraint = GRAMMARS.json_schema(schema)
     for _ in range(25):
         mask = ids(constraint)
@@ -88,7 +88,7 @@ def test_the_mask_is_what_each_token_alone_would_get(schema: dict[str, Any]) -> 
 
 
 def test_rollback_undoes_any_walk() -> None:
-    rng = random.Random(2)  # noqa: S311
+    rng = random.Random(2)
     constraint = GRAMMARS.json_schema({"type": "array", "items": {"type": "string"}})
     walk: list[int] = []
     masks = [ids(constraint)]
@@ -168,7 +168,7 @@ def test_nothing_is_constrained_until_the_reasoning_closes() -> None:
 
 
 def test_rollback_over_the_boundary() -> None:
-    rng = random.Random(5)  # noqa: S311
+    rng = random.Random(5)
     text = ids_of("so <think> it is</think>\n\nthe quick")
     constraint = GRAMMARS.choice(["the quick", "no"], after="</think>")
     masks: list[Any] = []
