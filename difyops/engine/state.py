@@ -101,7 +101,7 @@ class LayerState:
         return {name: tensor[slots, :length] for name, tensor in self.replay.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """A sequence's state at one point: enough to go on from there, in any slot."""
 
@@ -149,7 +149,7 @@ class StatePool:
         self._slot_tensors: list[tuple[TensorSpec, Tensor]] = []
         self._token_tensors: list[Tensor] = []
         self._replay_tensors: list[Tensor] = []
-        self._leases: list[Lease] = []
+        self._leases: set[Lease] = set()
         self.layers = self._allocate(slots, self.table.pages, device)
 
     def _allocate(self, slots: int, pages: int, device: torch.device | str) -> list[LayerState]:
@@ -229,12 +229,14 @@ class StatePool:
         """The state of `slot` now. It keeps pages until it is dropped."""
         self.sync()
         lease = self.table.lease(slot, int(self._lengths[slot]))
-        self._leases.append(lease)
+        self._leases.add(lease)
         return Snapshot(tuple(tensor[:, slot].clone() for _, tensor in self._slot_tensors), lease)
 
     def restore(self, slot: int, snapshot: Snapshot) -> None:
         """`slot` goes on from `snapshot`. Raises MemoryError when a page is needed and none is
-        free; the slot is then unchanged."""
+        free, and KeyError when the snapshot was dropped; the slot is then unchanged."""
+        if snapshot.lease not in self._leases:
+            raise KeyError("the snapshot was dropped, and its pages may be another's")
         copy = self.table.adopt(slot, snapshot.lease)
         self.table.fresh.discard(slot)
         self.sync()
@@ -248,7 +250,7 @@ class StatePool:
                 tensor[:, target] = tensor[:, source]
 
     def drop(self, snapshot: Snapshot) -> None:
-        """Give the snapshot's pages back."""
+        """Give the snapshot's pages back. Raises KeyError if that has happened before."""
         self._leases.remove(snapshot.lease)
         self.table.end(snapshot.lease)
 
@@ -258,7 +260,7 @@ class StatePool:
 
     def check(self) -> None:
         """Raises IntegrityError when a slot or a page is lost or has two owners."""
-        self.table.check(self._leases)
+        self.table.check(tuple(self._leases))
 
 
 def _distinct(specs: Sequence[StateSpec]) -> list[StateSpec]:

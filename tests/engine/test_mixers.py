@@ -18,6 +18,20 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"heads": 4, "kv_heads": 2, "head_dim": 10, "rotary_dim": 6, "qk_norm": True,
          "norm_offset": 1.0, "gated": True},
     ),
+    "gated-delta": (
+        "gated_delta",
+        {"key_heads": 2, "value_heads": 4, "key_dim": 5, "value_dim": 7},
+    ),
+    "gated-delta-wide-conv": (
+        "gated_delta",
+        {"key_heads": 3, "value_heads": 3, "key_dim": 6, "value_dim": 4, "conv_width": 6},
+    ),
+    "mamba2": ("mamba2", {"heads": 3, "head_dim": 5, "state_dim": 7}),
+    "mamba2-grouped-limited": (
+        "mamba2",
+        {"heads": 6, "head_dim": 4, "state_dim": 5, "groups": 2, "conv_width": 2, "bias": True,
+         "conv_bias": False, "dt_min": 0.01, "dt_max": 0.08},
+    ),
     "linear": ("linear", {"heads": 3, "head_dim": 10, "value_dim": 7}),
     "linear-exp": (
         "linear",
