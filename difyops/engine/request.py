@@ -153,3 +153,7 @@ class QueueFull(Exception):
         super().__init__(f"{waiting} requests are waiting already")
         self.waiting = waiting
         self.retry_after = retry_after
+
+
+class EngineStopped(Exception):
+    """The engine takes no more requests."""
