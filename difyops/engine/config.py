@@ -75,14 +75,23 @@ def load(path: Path) -> EngineConfig:
     return validate(EngineConfig, read_private(path), path.name)
 
 
-def from_flags(model: str, *, server: dict[str, Any], llm: dict[str, Any]) -> EngineConfig:
-    """`server` are fields of EngineConfig and `llm` of LlmConfig; None is a flag not given.
+def from_flags(
+    model: str,
+    *,
+    server: dict[str, Any],
+    llm: dict[str, Any],
+    embedding: dict[str, Any] | None = None,
+) -> EngineConfig:
+    """`server`, `llm` and `embedding` are fields of EngineConfig, LlmConfig and EmbeddingConfig;
+    None is a flag not given.
 
     The model's id is the last part of its name without a suffix. Raises UsageError naming the
     field.
     """
     given = {key: value for key, value in llm.items() if value is not None}
     fields = {key: value for key, value in server.items() if value is not None}
+    if embedding is not None:
+        fields["embedding"] = embedding
     name = re.split(r"[/:]", model.rstrip("/"))[-1].removesuffix(".gguf")
     try:
         return EngineConfig.model_validate(

@@ -27,9 +27,11 @@ from difyops.errors import (
     UsageError,
 )
 from difyops.serving import process
+from difyops.serving.llama import default_threads
 
 if TYPE_CHECKING:
     from difyops.engine.intake import Llm
+    from difyops.engine.models.decoder import Decoder
     from difyops.engine.runner import Stats
     from difyops.engine.service import Service
 
@@ -152,12 +154,13 @@ def open_llm(config: LlmConfig) -> Llm:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.threads or default_threads())
     path = resolve(config.model, config.cache or default_cache(), log.info)
     loaded = checkpoints.load(path, dtype=config.dtype, device=device)
     words = loaded.tokenizer
     if config.context is not None and config.context > loaded.context:
         log.warning("%s: %d tokens of context were asked for", config.id, config.context)
+    context = min(config.context or loaded.context, loaded.context)
     try:
         template = None
         if words.chat_template is not None:
@@ -168,8 +171,8 @@ def open_llm(config: LlmConfig) -> Llm:
         engine = Engine(
             loaded.model,
             slots=config.slots,
-            context=min(config.context or loaded.context, loaded.context),
-            pages=config.pages,
+            context=context,
+            pages=config.pages or default_pages(loaded.model, config.slots, context),
             prefill_tokens=config.prefill_tokens,
             max_waiting=config.max_waiting,
         )
@@ -178,6 +181,26 @@ def open_llm(config: LlmConfig) -> Llm:
         raise PrerequisiteError(f"cannot serve {config.id} from {path}: {error}") from error
     engine.start()
     return Llm(config.id, engine, words, template, grammars)
+
+
+def default_pages(model: Decoder, slots: int, context: int) -> int:
+    """Pages for every slot to be full, or as many as a quarter of the free memory holds.
+
+    Sequences rarely fill the context; when they do, the youngest waits. One always fits.
+    """
+    import psutil
+    import torch
+
+    from difyops.engine.state import PAGE_SIZE
+
+    each = PAGE_SIZE * sum(spec.token_bytes for spec in model.state_specs())
+    if each == 0:
+        return 0
+    device = model.embed.weight.device
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    one = -(-(context + 1) // PAGE_SIZE)
+    return max(one, min(slots * one, free // 4 // each))
 
 
 def default_cache() -> Path:

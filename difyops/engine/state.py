@@ -15,6 +15,9 @@ from torch import Tensor
 
 from difyops.engine.slots import Lease, SlotTable
 
+#: Tokens of one page.
+PAGE_SIZE = 16
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -132,7 +135,7 @@ class StatePool:
         slots: int,
         context: int,
         window: int = 1,
-        page_size: int = 16,
+        page_size: int = PAGE_SIZE,
         pages: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
