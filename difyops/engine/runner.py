@@ -13,7 +13,7 @@ from torch import Tensor
 
 from difyops.engine import sample
 from difyops.engine.models.decoder import Decoder
-from difyops.engine.request import FinishReason, Output, Request, TokenLogprob
+from difyops.engine.request import EngineStopped, FinishReason, Output, Request, TokenLogprob
 from difyops.engine.scheduler import Batch, Limits, Scheduler
 from difyops.engine.slots import IntegrityError
 from difyops.engine.state import StatePool
@@ -22,10 +22,6 @@ log = logging.getLogger("difyops.engine")
 
 #: Takes what one step adds to a request; called on the engine's thread, so it must not block.
 Deliver = Callable[[Output], None]
-
-
-class EngineStopped(Exception):
-    """The engine takes no more requests."""
 
 
 @dataclass

@@ -11,9 +11,12 @@ class IntegrityError(RuntimeError):
     """The books do not add up: a slot or page is lost, or has two owners."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lease:
-    """Pages that a snapshot keeps. They hold the first `length` tokens of its sequence."""
+    """Pages that a snapshot keeps. They hold the first `length` tokens of its sequence.
+
+    Two leases of the same pages are two: each is given back once.
+    """
 
     pages: tuple[int, ...]
     length: int

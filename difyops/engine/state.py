@@ -10,10 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from difyops.engine.slots import Lease, SlotTable
+
+#: Tokens of one page.
+PAGE_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class LayerState:
         return {name: tensor[slots, :length] for name, tensor in self.replay.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """A sequence's state at one point: enough to go on from there, in any slot."""
 
@@ -132,7 +136,7 @@ class StatePool:
         slots: int,
         context: int,
         window: int = 1,
-        page_size: int = 16,
+        page_size: int = PAGE_SIZE,
         pages: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -149,7 +153,7 @@ class StatePool:
         self._slot_tensors: list[tuple[TensorSpec, Tensor]] = []
         self._token_tensors: list[Tensor] = []
         self._replay_tensors: list[Tensor] = []
-        self._leases: list[Lease] = []
+        self._leases: set[Lease] = set()
         self.layers = self._allocate(slots, self.table.pages, device)
 
     def _allocate(self, slots: int, pages: int, device: torch.device | str) -> list[LayerState]:
@@ -162,9 +166,7 @@ class StatePool:
                 specs: Mapping[str, TensorSpec], *lead: int, count: int = len(members)
             ) -> dict[str, Tensor]:
                 return {
-                    name: torch.full(
-                        (count, *lead, *spec.shape), spec.fill, dtype=spec.dtype, device=device
-                    )
+                    name: _filled((count, *lead, *spec.shape), spec, device)
                     for name, spec in specs.items()
                 }
 
@@ -229,12 +231,14 @@ class StatePool:
         """The state of `slot` now. It keeps pages until it is dropped."""
         self.sync()
         lease = self.table.lease(slot, int(self._lengths[slot]))
-        self._leases.append(lease)
+        self._leases.add(lease)
         return Snapshot(tuple(tensor[:, slot].clone() for _, tensor in self._slot_tensors), lease)
 
     def restore(self, slot: int, snapshot: Snapshot) -> None:
         """`slot` goes on from `snapshot`. Raises MemoryError when a page is needed and none is
-        free; the slot is then unchanged."""
+        free, and KeyError when the snapshot was dropped; the slot is then unchanged."""
+        if snapshot.lease not in self._leases:
+            raise KeyError("the snapshot was dropped, and its pages may be another's")
         copy = self.table.adopt(slot, snapshot.lease)
         self.table.fresh.discard(slot)
         self.sync()
@@ -248,7 +252,7 @@ class StatePool:
                 tensor[:, target] = tensor[:, source]
 
     def drop(self, snapshot: Snapshot) -> None:
-        """Give the snapshot's pages back."""
+        """Give the snapshot's pages back. Raises KeyError if that has happened before."""
         self._leases.remove(snapshot.lease)
         self.table.end(snapshot.lease)
 
@@ -258,7 +262,16 @@ class StatePool:
 
     def check(self) -> None:
         """Raises IntegrityError when a slot or a page is lost or has two owners."""
-        self.table.check(self._leases)
+        self.table.check(tuple(self._leases))
+
+
+def _filled(shape: tuple[int, ...], spec: TensorSpec, device: torch.device | str) -> Tensor:
+    if torch.device(device).type == "cpu" and not spec.fill:
+        # Zeros that the system hands out when they are first touched: a pool for full contexts
+        # costs memory, and time at the start, only as sequences fill it.
+        raw = np.zeros(math.prod(shape) * spec.dtype.itemsize, dtype=np.uint8)
+        return torch.from_numpy(raw).view(spec.dtype).view(shape)
+    return torch.full(shape, spec.fill, dtype=spec.dtype, device=device)
 
 
 def _distinct(specs: Sequence[StateSpec]) -> list[StateSpec]:

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -17,20 +15,11 @@ from starlette.routing import Route
 from difyops.serving import errors
 from difyops.serving.config import ServingConfig
 from difyops.serving.embedder import Embedder
-from difyops.serving.errors import ApiError
-from difyops.serving.http import LogRequests, RequireKey, json_object, read_body
+from difyops.serving.embeddings import answer_embedding, embedder_entry
+from difyops.serving.http import application, json_object, read_body
 from difyops.serving.llama import Llama
-from difyops.serving.protocol import (
-    check_chat,
-    encode_vector,
-    model_name,
-    parse_embedding,
-)
+from difyops.serving.protocol import check_chat, model_entry, model_name
 from difyops.serving.relay import Relay, explain_llama
-
-_HEALTH = frozenset({"/health"})
-#: Inputs embedded between two looks at whether the client, or the server, is still there.
-_SLICE = 8
 
 
 @dataclass
@@ -73,49 +62,25 @@ class Models:
         """Entries of `/v1/models`; lengths in tokens, as the engines report them."""
         entries = []
         if self.config.llm is not None and self.llama is not None:
-            entries.append(self._entry(self.config.llm.id, self.llama.context))
+            entries.append(model_entry(self.config.llm.id, self.llama.context, self.created))
         if self.config.embedding is not None and self.embedder is not None:
-            sizes = {"dimensions": self.embedder.dimensions}
-            entries.append(self._entry(self.config.embedding.id, self.embedder.max_tokens) | sizes)
+            entries.append(embedder_entry(self.config.embedding.id, self.embedder, self.created))
         return entries
-
-    def _entry(self, name: str, context: int) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "difyops",
-            "context_length": context,
-            "max_model_len": context,
-        }
 
 
 def create_app(models: Models) -> Starlette:
     """The application over `models`, which may still be loading."""
     key = models.config.api_key
-    app = Starlette(
-        routes=[
+    app = application(
+        [
             Route("/health", health, methods=["GET"]),
             Route("/v1/models", list_models, methods=["GET"]),
             Route("/v1/models/{name:path}", show_model, methods=["GET"]),
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/embeddings", embed, methods=["POST"]),
         ],
-        middleware=[
-            Middleware(LogRequests, quiet_paths=_HEALTH),
-            Middleware(
-                RequireKey,
-                key=key.get_secret_value() if key is not None else None,
-                open_paths=_HEALTH,
-            ),
-        ],
-        exception_handlers={
-            ApiError: errors.on_api_error,
-            HTTPException: errors.on_http_error,
-            Exception: errors.on_crash,
-        },
+        key.get_secret_value() if key is not None else None,
     )
-    app.router.redirect_slashes = False
     app.state.models = models
     return app
 
@@ -147,7 +112,7 @@ async def chat(request: Request) -> Response:
     name = model_name(fields)
     llm, llama = models.config.llm, models.llama
     if llm is None or llama is None or name != llm.id:
-        raise _wrong_model(models, name, "chat")
+        raise errors.wrong_model(name, models.ids(), "chat", "embeddings")
     check_chat(fields, tools=llm.tools)
     # The client's own bytes go on: nothing that it said is lost in a second encoding.
     return Relay(llama.client, "/v1/chat/completions", body, explain_llama(name), models.stopping)
@@ -160,36 +125,8 @@ async def embed(request: Request) -> Response:
     name = model_name(fields)
     embedder = models.embedder
     if models.config.embedding is None or embedder is None or name != models.config.embedding.id:
-        raise _wrong_model(models, name, "embeddings")
-    asked = parse_embedding(fields)
-    if asked.dimensions not in (None, embedder.dimensions):
-        raise errors.bad_field(
-            "dimensions", f"{asked.dimensions}; {name} makes vectors of {embedder.dimensions} only"
-        )
-    data: list[dict[str, Any]] = []
-    tokens = truncated = 0
-    inputs = asked.inputs()
-    for start in range(0, len(inputs), _SLICE):
-        if await request.is_disconnected():
-            raise errors.client_left()
-        if models.stopping.is_set():
-            raise errors.stopping()
-        try:
-            part = await asyncio.to_thread(embedder.embed, inputs[start : start + _SLICE])
-        except ValueError as error:
-            raise errors.bad_field("input", str(error)) from None
-        tokens += part.tokens
-        truncated += part.truncated
-        for vector in part.vectors:
-            row = encode_vector(vector, asked.encoding_format)
-            data.append({"object": "embedding", "index": len(data), "embedding": row})
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    # Cut, and not refused: Dify cuts its chunks to our context_size by the GPT-2 tokenizer's count,
-    # which differs from this model's. A refusal would fail the whole document for one long chunk.
-    headers = {"x-truncated-inputs": str(truncated)} if truncated else None
-    return JSONResponse(
-        {"object": "list", "data": data, "model": name, "usage": usage}, headers=headers
-    )
+        raise errors.wrong_model(name, models.ids(), "embeddings", "chat/completions")
+    return await answer_embedding(request, fields, embedder, models.stopping)
 
 
 def _models(request: Request) -> Models:
@@ -202,15 +139,3 @@ def _loaded(request: Request) -> Models:
     if not models.ready:
         raise errors.loading()
     return models
-
-
-def _wrong_model(models: Models, name: str, task: str) -> ApiError:
-    if name not in models.ids():
-        return errors.unknown_model(name, models.ids())
-    other = "embeddings" if task == "chat" else "chat/completions"
-    return ApiError(
-        400,
-        f"{name} does not do {task}; it answers on /v1/{other}",
-        code="model_not_supported",
-        param="model",
-    )

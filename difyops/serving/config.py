@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -18,13 +18,14 @@ from pydantic import (
 from difyops.errors import UsageError
 
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^\S+$")]
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
-class _Config(BaseModel):
+class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class LlmConfig(_Config):
+class LlmConfig(Config):
     """A GGUF chat model. `context` is tokens for each of the `parallel` requests at a time.
 
     `threads` None means the CPUs this process may use, less one.
@@ -38,7 +39,7 @@ class LlmConfig(_Config):
     tools: bool = False
 
 
-class EmbeddingConfig(_Config):
+class EmbeddingConfig(Config):
     """An ONNX sentence encoder; `max_tokens` counts special tokens too."""
 
     id: ModelId
@@ -48,7 +49,7 @@ class EmbeddingConfig(_Config):
     threads: int | None = Field(default=None, ge=1)
 
 
-class ServingConfig(_Config):
+class ServingConfig(Config):
     """What one server process serves. Without `api_key` every client is let in."""
 
     host: str = "127.0.0.1"
@@ -70,16 +71,31 @@ class ServingConfig(_Config):
 
 def parse(text: str, name: str = "config") -> ServingConfig:
     """Validate JSON text. Raises UsageError with the key path; values are never quoted."""
-    try:
-        return ServingConfig.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{name}: {where + ': ' if where else ''}{first['msg']}") from None
+    return validate(ServingConfig, text, name)
 
 
 def load(path: Path) -> ServingConfig:
     """Read `path`. Raises UsageError when it is absent, readable by others, or wrong."""
+    return parse(read_private(path), path.name)
+
+
+def validate(kind: type[Kind], text: str, name: str) -> Kind:
+    """JSON text as a `kind`. Raises UsageError with the key path; values are never quoted."""
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise UsageError(f"{name}: {first_error(error)}") from None
+
+
+def first_error(error: ValidationError) -> str:
+    """The key path and what is wrong there; never the value."""
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where + ': ' if where else ''}{first['msg']}"
+
+
+def read_private(path: Path) -> str:
+    """The text of a file that only its owner can read. Raises UsageError."""
     try:
         mode = path.stat().st_mode & 0o777
         text = path.read_text(encoding="utf-8")
@@ -89,4 +105,4 @@ def load(path: Path) -> ServingConfig:
         raise UsageError(f"{path} is not UTF-8 text") from None
     if mode & 0o077:
         raise UsageError(f"{path} can be read by others (mode {mode:04o})", f"chmod 600 {path}")
-    return parse(text, path.name)
+    return text

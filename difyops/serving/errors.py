@@ -51,19 +51,36 @@ def unknown_model(name: str, known: Iterable[str]) -> ApiError:
     )
 
 
-def too_long(tokens: int, context: int, model: str) -> ApiError:
+def wrong_model(name: str, known: Iterable[str], task: str, other: str) -> ApiError:
+    """`name` does not do `task`: it is unknown, or it answers on `/v1/{other}`."""
+    known = list(known)
+    if name not in known:
+        return unknown_model(name, known)
+    return ApiError(
+        400,
+        f"{name} does not do {task}; it answers on /v1/{other}",
+        code="model_not_supported",
+        param="model",
+    )
+
+
+def too_long(tokens: int, context: int, model: str, param: str = "messages") -> ApiError:
     """`tokens` is the prompt's length, `context` what one request may hold, in tokens."""
     return ApiError(
         400,
         f"the prompt has {tokens} tokens, but the context of {model} is {context} tokens",
         code="context_length_exceeded",
-        param="messages",
+        param=param,
         extra={"n_prompt_tokens": tokens, "n_ctx": context},
     )
 
 
 def bad_field(param: str, message: str) -> ApiError:
     return ApiError(400, f"{param}: {message}", code="invalid_value", param=param)
+
+
+def unsupported(param: str, why: str = "is not supported") -> ApiError:
+    return ApiError(400, f"{param}: {why}", code="unsupported_parameter", param=param)
 
 
 def unauthorized() -> ApiError:
@@ -92,6 +109,21 @@ def loading() -> ApiError:
         kind="server_error",
         headers={"Retry-After": "1"},
     )
+
+
+def queue_full(waiting: int, retry_after: int) -> ApiError:
+    """`retry_after` is in seconds."""
+    return ApiError(
+        429,
+        f"{waiting} requests are waiting already; try again in {retry_after} s",
+        code="queue_full",
+        kind="rate_limit_error",
+        headers={"Retry-After": str(retry_after)},
+    )
+
+
+def engine_failed(why: str) -> ApiError:
+    return ApiError(500, why, code="engine_failed", kind="server_error")
 
 
 def stopping() -> ApiError:

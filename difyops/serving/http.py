@@ -1,14 +1,22 @@
-"""What every route shares: the key, the body and its limit, one log line a request."""
+"""What every route shares: the key, the body and its limit, one log line a request, and an end
+when the client leaves."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import secrets
 import time
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from enum import Enum
+from typing import Any, NoReturn
 
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from difyops.serving import errors
@@ -16,6 +24,27 @@ from difyops.serving import errors
 log = logging.getLogger("difyops.serving")
 
 MAX_BODY = 16 * 1024 * 1024
+_HEALTH = frozenset({"/health"})
+
+
+def application(
+    routes: Sequence[Route], key: str | None, quiet_paths: frozenset[str] = _HEALTH
+) -> Starlette:
+    """Routes behind `key` (all but `/health`), errors in OpenAI's shape, one log line a request."""
+    app = Starlette(
+        routes=routes,
+        middleware=[
+            Middleware(LogRequests, quiet_paths=quiet_paths),
+            Middleware(RequireKey, key=key, open_paths=_HEALTH),
+        ],
+        exception_handlers={
+            errors.ApiError: errors.on_api_error,
+            HTTPException: errors.on_http_error,
+            Exception: errors.on_crash,
+        },
+    )
+    app.router.redirect_slashes = False
+    return app
 
 
 class RequireKey:
@@ -97,11 +126,65 @@ async def read_body(request: Request, limit: int = MAX_BODY) -> bytes:
 def json_object(body: bytes) -> dict[str, Any]:
     """The body as a JSON object. Raises ApiError (400) when it is not one."""
     try:
-        value = json.loads(body)
+        value = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise errors.ApiError(
             400, f"the body is not valid JSON: {error}", code="invalid_json"
         ) from None
     if not isinstance(value, dict):
         raise errors.ApiError(400, "the body must be a JSON object", code="invalid_json")
+    for name, field in value.items():
+        # Half a surrogate pair is valid JSON, but no text: no tokenizer can read it.
+        if not _is_text(name) or not _is_text(json.dumps(field, ensure_ascii=False)):
+            shown = name.encode("utf-8", "backslashreplace").decode()
+            raise errors.bad_field(shown, "a lone surrogate is not valid Unicode")
     return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class Ended(Enum):
+    """Why `while_wanted` came back."""
+
+    DONE = "done"
+    CLIENT_LEFT = "the client left"
+    STOPPED = "the server is stopping"
+
+
+async def while_wanted(
+    work: Coroutine[Any, Any, None], receive: Receive, stop: asyncio.Event
+) -> Ended:
+    """Run `work` as long as the client is there and `stop` is not set; then it is cancelled.
+
+    The request's body must have been read. What `work` raises is raised here.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(receive))
+    stopped = asyncio.create_task(stop.wait())
+    tasks = (task, gone, stopped)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        left = gone.done()
+    finally:
+        for one in tasks:
+            one.cancel()
+        await asyncio.wait(tasks)
+    if not task.cancelled():
+        task.result()
+        return Ended.DONE
+    return Ended.CLIENT_LEFT if left else Ended.STOPPED
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

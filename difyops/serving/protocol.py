@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
-from difyops.serving.errors import ApiError, bad_field
+from difyops.serving.errors import bad_field, unsupported
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,6 +73,18 @@ def model_name(fields: dict[str, Any]) -> str:
     return name
 
 
+def model_entry(name: str, context: int, created: int) -> dict[str, Any]:
+    """An entry of `/v1/models`; `context` is in tokens, `created` in seconds since 1970."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "difyops",
+        "context_length": context,
+        "max_model_len": context,
+    }
+
+
 def check_chat(fields: dict[str, Any], *, tools: bool) -> None:
     """Refuse what the engine would take and ignore. Raises ApiError (400)."""
     messages = fields.get("messages")
@@ -82,9 +94,4 @@ def check_chat(fields: dict[str, Any], *, tools: bool) -> None:
         return
     for field in ("tools", "functions"):
         if fields.get(field):
-            raise ApiError(
-                400,
-                f"{field}: {fields['model']} does not call tools",
-                code="unsupported_parameter",
-                param=field,
-            )
+            raise unsupported(field, f"{fields['model']} does not call tools")

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from difyops.serving.errors import ApiError, bad_field, stopping, too_long
+from difyops.serving.http import Ended, while_wanted
 
 log = logging.getLogger("difyops.serving")
 
@@ -46,20 +47,8 @@ class Relay(Response):
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.create_task(self._relay(scope, receive, send))
-        gone = asyncio.create_task(_disconnected(receive))
-        stop = asyncio.create_task(self._stop.wait())
-        tasks = (work, gone, stop)
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            cut = stop.done() and not gone.done() and not work.done()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-        if not work.cancelled():
-            work.result()
-        elif cut:
+        ended = await while_wanted(self._relay(scope, receive, send), receive, self._stop)
+        if ended is Ended.STOPPED:
             await self._fail(stopping(), scope, receive, send)
 
     async def _fail(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,8 +117,3 @@ def _decoded(body: bytes) -> Any:
     with contextlib.suppress(ValueError):
         return json.loads(body)
     return None
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

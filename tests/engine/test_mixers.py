@@ -18,6 +18,20 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"heads": 4, "kv_heads": 2, "head_dim": 10, "rotary_dim": 6, "qk_norm": True,
          "norm_offset": 1.0, "gated": True},
     ),
+    "gated-delta": (
+        "gated_delta",
+        {"key_heads": 2, "value_heads": 4, "key_dim": 5, "value_dim": 7},
+    ),
+    "gated-delta-wide-conv": (
+        "gated_delta",
+        {"key_heads": 3, "value_heads": 3, "key_dim": 6, "value_dim": 4, "conv_width": 6},
+    ),
+    "mamba2": ("mamba2", {"heads": 3, "head_dim": 5, "state_dim": 7}),
+    "mamba2-grouped-limited": (
+        "mamba2",
+        {"heads": 6, "head_dim": 4, "state_dim": 5, "groups": 2, "conv_width": 2, "bias": True,
+         "conv_bias": False, "dt_min": 0.01, "dt_max": 0.08},
+    ),
     "linear": ("linear", {"heads": 3, "head_dim": 10, "value_dim": 7}),
     "linear-exp": (
         "linear",
@@ -190,3 +204,17 @@ def test_tokens_behind_the_length_are_not_there(kind: tuple[str, dict[str, Any]]
     for name, tensor in after.items():
         assert torch.equal(tensor[0], carry[name][0])
         assert error(tensor[1], wanted[name][1]) < EXACT
+
+
+def test_what_a_page_held_before_is_not_read(kind: tuple[str, dict[str, Any]]) -> None:
+    """Not even by way of a mask: 0 * nan is nan."""
+    bench, x, y = Bench.of(*kind), tokens(30), tokens(9, seed=6)
+    size = bench.pool.table.page_size
+    for tensor in bench.state.token.values():
+        tensor[size:] = float("nan")
+    a, b = bench.slot(), bench.slot()
+    bench.prefill({a: x[:20], b: y[:4]})
+    for i in range(5):
+        out = bench.step({a: x[20 + i], b: y[4 + i]})
+    assert error(out[a], bench.mixer.reference(x[:25])[-1]) < EXACT
+    assert error(out[b], bench.mixer.reference(y)[-1]) < EXACT

@@ -14,8 +14,15 @@ import torch
 from difyops.engine.layers import GatedMLP, RMSNorm
 from difyops.engine.mixers import Softmax
 from difyops.engine.models.decoder import Block, Decoder, Shape
-from difyops.engine.request import FinishReason, Output, QueueFull, Request, SamplingParams
-from difyops.engine.runner import Engine, EngineStopped
+from difyops.engine.request import (
+    EngineStopped,
+    FinishReason,
+    Output,
+    QueueFull,
+    Request,
+    SamplingParams,
+)
+from difyops.engine.runner import Engine
 from difyops.engine.state import StatePool
 
 VOCABULARY = 50

@@ -23,26 +23,28 @@ KEY = "sk-test-0123456789abcdef"
 CHAT, EMBED = "smollm2-135m", "minilm-l6"
 
 
+def fetched(name: str, folder: Path) -> dict[str, Path]:
+    """role -> path, fetched as difyops itself does; into DIFYOPS_TEST_CACHE if it is set."""
+    cache = os.environ.get("DIFYOPS_TEST_CACHE")
+    return {
+        role: modelsource.fetch(
+            f.source,
+            f.member,
+            name=name,
+            file=f.file,
+            sha256=f.sha256,
+            size=f.bytes,
+            directory=Path(cache) if cache else folder,
+        )
+        for role, f in catalog.get(name).files().items()
+    }
+
+
 @pytest.fixture(scope="session")
 def model_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
-    """name -> role -> path, fetched as difyops itself does."""
-    cache = os.environ.get("DIFYOPS_TEST_CACHE")
-    folder = Path(cache) if cache else tmp_path_factory.mktemp("models")
-    return {
-        name: {
-            role: modelsource.fetch(
-                f.source,
-                f.member,
-                name=name,
-                file=f.file,
-                sha256=f.sha256,
-                size=f.bytes,
-                directory=folder,
-            )
-            for role, f in catalog.get(name).files().items()
-        }
-        for name in (CHAT, EMBED)
-    }
+    """name -> role -> path."""
+    folder = tmp_path_factory.mktemp("models")
+    return {name: fetched(name, folder) for name in (CHAT, EMBED)}
 
 
 def configuration(files: dict[str, dict[str, Path]], **llm: Any) -> dict[str, Any]:
@@ -63,13 +65,15 @@ def configuration(files: dict[str, dict[str, Path]], **llm: Any) -> dict[str, An
 class Running:
     """A server process; its log is collected as it comes."""
 
-    def __init__(self, config: dict[str, Any], folder: Path) -> None:
+    def __init__(
+        self, config: dict[str, Any], folder: Path, module: str = "difyops.serving"
+    ) -> None:
         path = folder / "serving.json"
         path.write_text(json.dumps(config))
         path.chmod(0o600)
         self.lines: list[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "difyops.serving", "--config", str(path)],
+            [sys.executable, "-m", module, "--config", str(path)],
             stderr=subprocess.PIPE,
             text=True,
         )

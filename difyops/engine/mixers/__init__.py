@@ -7,7 +7,9 @@ from types import MappingProxyType
 
 from difyops.engine.mixers.base import Mixer, RecurrentMixer
 from difyops.engine.mixers.diag import Diag
+from difyops.engine.mixers.gated_delta import GatedDelta
 from difyops.engine.mixers.linear import Linear
+from difyops.engine.mixers.mamba2 import Mamba2
 from difyops.engine.mixers.norm import Norm
 from difyops.engine.mixers.performer import Performer
 from difyops.engine.mixers.retention import Retention
@@ -17,7 +19,9 @@ from difyops.engine.mixers.softmax import Softmax
 REGISTRY: Mapping[str, type[Mixer]] = MappingProxyType(
     {
         "diag": Diag,
+        "gated_delta": GatedDelta,
         "linear": Linear,
+        "mamba2": Mamba2,
         "norm": Norm,
         "performer": Performer,
         "retention": Retention,
@@ -28,7 +32,9 @@ REGISTRY: Mapping[str, type[Mixer]] = MappingProxyType(
 __all__ = [
     "REGISTRY",
     "Diag",
+    "GatedDelta",
     "Linear",
+    "Mamba2",
     "Mixer",
     "Norm",
     "Performer",

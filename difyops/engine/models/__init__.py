@@ -29,7 +29,11 @@ class Family:
 #: model_type in config.json -> the module with its `FAMILY`.
 REGISTRY: Mapping[str, str] = MappingProxyType(
     {
+        "mamba2": "difyops.engine.models.mamba2",
+        "qwen3_5": "difyops.engine.models.qwen35",
+        "qwen3_5_text": "difyops.engine.models.qwen35",
         "difyops_native": "difyops.engine.models.native",
+        "llama": "difyops.engine.models.llama",
     }
 )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from difyops.engine.layers import wide
 from difyops.engine.mixers.base import Mixer
 from difyops.engine.state import LayerState, StatePool, StateSpec
 
@@ -52,6 +53,7 @@ class Decoder(nn.Module):
     `logits` makes them scores, so that only the rows that are sampled pay for the head.
 
     The state's lengths move in the model, after its last layer, in every form but verify.
+    With `wide_residual` what the blocks add up stays in float32 whatever the weights are in.
     """
 
     blocks: Sequence[Block]
@@ -63,6 +65,7 @@ class Decoder(nn.Module):
         norm: nn.Module,
         *,
         tied: bool,
+        wide_residual: bool = False,
         extra: nn.ModuleDict | None = None,
     ) -> None:
         super().__init__()
@@ -71,6 +74,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = norm
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        self.wide_residual = wide_residual
         self.tied = tied
         if tied:
             self.head.weight = self.embed.weight
@@ -113,6 +117,8 @@ class Decoder(nn.Module):
 
     def _through(self, tokens: Tensor, pool: StatePool, run: Run) -> Tensor:
         x = self.embed(tokens)
+        if self.wide_residual:
+            x = x.to(wide(x.dtype))
         for block, state in zip(self.blocks, pool.layers, strict=True):
             x = block(x, run, state)
         hidden: Tensor = self.norm(x)

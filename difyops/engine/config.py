@@ -1,0 +1,116 @@
+"""What one server process of the native engine serves: a JSON file of mode 0600, or flags."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, model_validator
+
+from difyops.errors import UsageError
+from difyops.serving.config import (
+    Config,
+    EmbeddingConfig,
+    ModelId,
+    first_error,
+    read_private,
+    validate,
+)
+
+
+class SamplingConfig(Config):
+    """What requests get that do not say; None is what the model's own files recommend."""
+
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+
+    def given(self) -> dict[str, Any]:
+        """The fields that say something."""
+        return self.model_dump(exclude_none=True)
+
+
+class LlmConfig(Config):
+    """A language model. `model` is what sources.py resolves: a directory, a GGUF file, a catalog
+    name, or `hf:`, `modelscope:` or `pypi:` and a name; downloads lie in `cache`.
+
+    `context` is tokens of one request (None: what the model was trained for), `slots` how many run
+    at a time. `pages` bounds the keys and values of softmax layers over all of them (None: every
+    slot can be full). `prefill_tokens` is how much of prompts one step reads. `threads` is for a
+    CPU (None: all that this process may use).
+    """
+
+    id: ModelId
+    model: str = Field(min_length=1)
+    context: int | None = Field(default=None, ge=16)
+    slots: int = Field(default=16, ge=1, le=4096)
+    pages: int | None = Field(default=None, ge=1)
+    prefill_tokens: int = Field(default=512, ge=1)
+    max_waiting: int = Field(default=256, ge=0)
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    threads: int | None = Field(default=None, ge=1)
+    cache: Path | None = None
+    sampling: SamplingConfig = SamplingConfig()
+
+
+class EngineConfig(Config):
+    """Without `api_key` every client is let in."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(ge=0, le=65535)
+    api_key: SecretStr | None = None
+    llm: LlmConfig | None = None
+    embedding: EmbeddingConfig | None = None
+
+    @model_validator(mode="after")
+    def _serves_something(self) -> Self:
+        if self.llm is None and self.embedding is None:
+            raise ValueError("at least one of llm and embedding is needed")
+        if self.llm and self.embedding and self.llm.id == self.embedding.id:
+            raise ValueError("llm.id and embedding.id must differ")
+        if self.api_key is not None and not self.api_key.get_secret_value():
+            raise ValueError("api_key is empty; leave it out to let every client in")
+        return self
+
+    def ids(self) -> list[str]:
+        """The models, as clients name them."""
+        return [m.id for m in (self.llm, self.embedding) if m is not None]
+
+    @property
+    def key(self) -> str | None:
+        return self.api_key.get_secret_value() if self.api_key is not None else None
+
+
+def load(path: Path) -> EngineConfig:
+    """Raises UsageError when the file is absent, readable by others, or wrong."""
+    return validate(EngineConfig, read_private(path), path.name)
+
+
+def from_flags(
+    model: str,
+    *,
+    server: dict[str, Any],
+    llm: dict[str, Any],
+    embedding: dict[str, Any] | None = None,
+) -> EngineConfig:
+    """`server`, `llm` and `embedding` are fields of EngineConfig, LlmConfig and EmbeddingConfig;
+    None is a flag not given.
+
+    The model's id is the last part of its name without a suffix. Raises UsageError naming the
+    field.
+    """
+    given = {key: value for key, value in llm.items() if value is not None}
+    fields = {key: value for key, value in server.items() if value is not None}
+    if embedding is not None:
+        fields["embedding"] = embedding
+    name = re.split(r"[/:]", model.rstrip("/"))[-1].removesuffix(".gguf")
+    try:
+        return EngineConfig.model_validate(
+            fields | {"llm": {"id": name.partition("==")[0], "model": model} | given}
+        )
+    except ValidationError as error:
+        raise UsageError(first_error(error)) from None

@@ -1,0 +1,338 @@
+"""Which tokens may come next: a JSON schema, a regex, a choice or a tool call as token masks.
+
+llguidance parses; here its answers become `Constraint`s (request.py), grammars are compiled once,
+and what it would not enforce is refused (schema.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import llguidance
+import numpy as np
+
+from difyops.engine import lark
+from difyops.engine.schema import UnsupportedSchema, normalise, reachable
+from difyops.engine.toolformats import Tool, ToolFormat
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from tokenizers import Tokenizer
+
+#: About a second of one core at the worst; past it the grammar is refused.
+_LIMITS = llguidance.LLParserLimits(
+    initial_lexer_fuel=1_000_000, max_grammar_size=100_000, verbose_errors=False
+)
+_LOCATE_S = 0.5
+MAX_CHOICES = 1024
+MAX_TEXT = 64 * 1024
+
+
+class GrammarFailed(RuntimeError):
+    """The grammar met a limit of its parser, or a dead end, in the middle of an output."""
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer; any thread may ask.
+
+    `vocab_size` is the model's V: ids that the tokenizer lacks are never allowed. `stop_ids` are
+    what may follow a complete output. The `cache` grammars used last stay compiled.
+
+    In every method, `after` is the text that ends the reasoning: until the output has it, all is
+    allowed; up to two new lines may stand between it and what is constrained.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Collection[int], *, cache: int = 64
+    ) -> None:
+        self._vocabulary = _Vocabulary(tokenizer, vocab_size, frozenset(stop_ids))
+        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._cache = cache
+        self._lock = threading.Lock()
+
+    def json_schema(self, schema: Any, *, after: str | None = None) -> GrammarConstraint:
+        """One instance of `schema`.
+
+        Raises UnsupportedSchema for what would not be enforced or cannot be satisfied.
+        """
+        source = lark.from_schema(*normalise(schema))  # raises UnsupportedSchema, a ValueError
+        try:
+            return self._constraint(source, after)
+        except ValueError as error:
+            raise self._locate(schema, str(error)) from None
+
+    def json_object(self, *, after: str | None = None) -> GrammarConstraint:
+        return self.json_schema({"type": "object"}, after=after)
+
+    def regex(self, pattern: str, *, after: str | None = None) -> GrammarConstraint:
+        r"""The whole output matches `pattern`; \d and \w are ASCII. Raises ValueError."""
+        _check_size("regex", pattern)
+        return self._constraint(lark.from_regex(pattern), after)
+
+    def choice(self, texts: Sequence[str], *, after: str | None = None) -> GrammarConstraint:
+        """One of `texts`. Raises ValueError."""
+        if not 1 <= len(texts) <= MAX_CHOICES or not all(texts):
+            raise ValueError(f"choice: 1 to {MAX_CHOICES} texts are needed, and none empty")
+        _check_size("choice", "".join(texts))
+        return self._constraint(lark.from_choice(texts), after)
+
+    def tools(
+        self,
+        tools: Sequence[Tool],
+        form: ToolFormat,
+        *,
+        parallel: bool = False,
+        after: str | None = None,
+    ) -> GrammarConstraint:
+        """A call of one of `tools`, written as `form` says; `parallel`: or several calls.
+
+        Raises UnsupportedSchema with pointers that begin with the tool's place: `/0/parameters/…`.
+        """
+        source = lark.from_tools(tools, form, self._vocabulary.literal, parallel=parallel)
+        try:
+            return self._constraint(source, after)
+        except ValueError as error:
+            for i, tool in enumerate(tools):
+                try:
+                    self._constraint(lark.from_schema(*normalise(tool.parameters)), None)
+                except ValueError as inner:
+                    found = self._locate(tool.parameters, str(inner))
+                    raise found.inside(f"/{i}/parameters") from None
+            raise UnsupportedSchema("", "tools", f"make no grammar: {error}") from None
+
+    def _constraint(self, source: lark.Source, after: str | None) -> GrammarConstraint:
+        closing = None if after is None else self._vocabulary.closing(after)
+        matcher = self._matcher(source.grammar(gap=after is not None))
+        return GrammarConstraint(matcher, self._vocabulary, closing)
+
+    def _matcher(self, grammar: str) -> Any:
+        with self._lock:
+            found = self._compiled.get(grammar)
+        if found is None:  # two threads may both compile it; neither waits for the other
+            found = llguidance.LLMatcher(
+                self._vocabulary.tokenizer,
+                llguidance.LLMatcher.grammar_from_lark(grammar),
+                log_level=0,
+                limits=_LIMITS,
+            )
+            if found.is_error():
+                raise ValueError(_reason(found.get_error()))
+        with self._lock:
+            self._compiled[grammar] = found
+            self._compiled.move_to_end(grammar)
+            while len(self._compiled) > self._cache:
+                self._compiled.popitem(last=False)
+            return found.deep_copy()
+
+    def _locate(self, schema: Any, why: str) -> UnsupportedSchema:
+        """The innermost place that fails by itself; llguidance's messages name none."""
+        until = time.monotonic() + _LOCATE_S
+        for pointer, part in reversed(reachable(schema)):
+            if time.monotonic() > until:
+                break
+            if reason := self._refusal(part, schema, pointer):
+                for keyword in reversed(part):
+                    rest = {k: v for k, v in part.items() if k != keyword}
+                    if not self._refusal(rest, schema, pointer):
+                        return UnsupportedSchema(f"{pointer}/{keyword}", keyword, reason)
+                return UnsupportedSchema(pointer, "schema", reason)
+        return UnsupportedSchema("", "schema", why)
+
+    def _refusal(self, part: Any, root: Any, pointer: str) -> str | None:
+        try:
+            self._matcher(lark.from_schema(*normalise(part, root=root, at=pointer)).grammar())
+        except ValueError as error:
+            return str(error)
+        return None
+
+
+def _reason(error: str) -> str:
+    """llguidance's message without its excerpt of the grammar, which nobody has written."""
+    if "oneOf constraints" in error:
+        return "has branches that may overlap, and is not supported: anyOf is"
+    text = error.partition("\n   1 | ")[0].rpartition("JSON schema: ")[2]
+    return "cannot be used: " + " ".join(text.split())
+
+
+def _check_size(name: str, text: str) -> None:
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"{name}: {len(text)} characters; {MAX_TEXT} are accepted")
+
+
+class GrammarConstraint:
+    """A `Constraint` (request.py). Made by `Grammars`."""
+
+    def __init__(self, matcher: Any, vocabulary: _Vocabulary, closing: _Closing | None) -> None:
+        self._matcher = matcher
+        self._vocabulary = vocabulary
+        self._closing = closing
+        # While the reasoning is open: how much of the closing text stands at the end of the output.
+        self._matched: int | None = None if closing is None else 0
+        self._stopped = False
+        # Per token: the state before it, and how many tokens the matcher was given for it.
+        self._past: list[tuple[int | None, bool, int]] = []
+
+    @property
+    def finished(self) -> bool:
+        return self._stopped or (self._matched is None and bool(self._matcher.is_stopped()))
+
+    def mask(self) -> NDArray[np.int32] | None:
+        """See `Constraint`. Raises GrammarFailed."""
+        if self._stopped:
+            return self._vocabulary.stop_mask()
+        if self._closing is not None and self._matched is not None:
+            return self._open_mask(self._closing.overshooting(self._matched))
+        mask = np.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=np.int32)
+        if self._matcher.is_error():
+            raise GrammarFailed(self._matcher.get_error().strip())
+        mask = self._vocabulary.fit(mask)
+        if not mask.any():
+            raise GrammarFailed("no token of the vocabulary keeps to the grammar")
+        return mask
+
+    def advance(self, token: int) -> None:
+        """See `Constraint`."""
+        before = (self._matched, self._stopped)
+        self._past.append((*before, self._take(token)))
+
+    def rollback(self, tokens: int) -> None:
+        """See `Constraint`. Raises ValueError if there were fewer."""
+        if not 0 <= tokens <= len(self._past):
+            raise ValueError(f"{tokens} tokens to take back, of {len(self._past)}")
+        if tokens == 0:
+            return
+        self._matched, self._stopped, _ = self._past[-tokens]
+        self._matcher.rollback(sum(given for *_, given in self._past[-tokens:]))
+        del self._past[-tokens:]
+
+    def _take(self, token: int) -> int:
+        if self._stopped or not 0 <= token < self._vocabulary.known:
+            raise self._refused(token)
+        if token in self._vocabulary.stop_ids:
+            # The matcher never sees them: a finished one takes no more, and reasoning is not its.
+            if self._matched is None and not self._matcher.is_accepting():
+                raise self._refused(token)
+            self._stopped = True
+            return 0
+        if self._closing is None or self._matched is None:
+            return self._give([token], token)
+        matched, rest = self._closing.step(self._matched, self._vocabulary.bytes_of(token))
+        given = 0 if rest is None else self._give(self._vocabulary.split(rest), token)
+        self._matched = matched if rest is None else None
+        return given
+
+    def _give(self, tokens: Sequence[int], token: int) -> int:
+        # consume_token would leave the matcher in an error that cannot be rolled back.
+        if (taken := self._matcher.try_consume_tokens(tokens)) != len(tokens):
+            if self._matcher.is_error():
+                raise GrammarFailed(self._matcher.get_error().strip())
+            self._matcher.rollback(taken)
+            raise self._refused(token)
+        return len(tokens)
+
+    def _refused(self, token: int) -> ValueError:
+        return ValueError(f"token {token} is not allowed by the grammar here")
+
+    def _open_mask(self, overshooting: Iterable[tuple[int, bytes]]) -> NDArray[np.int32] | None:
+        """All but the tokens that close the reasoning and go on with what the grammar forbids."""
+        bad = [t for t, rest in overshooting if not self._may_begin(rest)]
+        return self._vocabulary.all_but(bad) if bad else None
+
+    def _may_begin(self, rest: bytes) -> bool:
+        tokens = self._vocabulary.split(rest)
+        return bool(self._matcher.validate_tokens(tokens) == len(tokens))
+
+
+class _Closing:
+    """Finds the text that ends the reasoning, token by token (Knuth, Morris and Pratt 1977)."""
+
+    def __init__(self, text: bytes, bytes_of: Callable[[int], bytes], known: int) -> None:
+        self.text = text
+        self._fallback = [0] * (len(text) + 1)
+        for i in range(1, len(text)):
+            self._fallback[i + 1] = self._next(self._fallback[i], text[i])
+        self._tokens = [
+            (token, data)
+            for token, data in ((token, bytes_of(token)) for token in range(known))
+            if text[-1] in data[:-1]
+        ]
+        self.overshooting = functools.cache(self._overshooting)
+
+    def step(self, matched: int, data: bytes) -> tuple[int, bytes | None]:
+        """After `data`: how much is matched, and the bytes behind the end once it is there."""
+        for i, byte in enumerate(data):
+            matched = self._next(matched, byte)
+            if matched == len(self.text):
+                return matched, data[i + 1 :]
+        return matched, None
+
+    def _next(self, matched: int, byte: int) -> int:
+        while matched and self.text[matched] != byte:
+            matched = self._fallback[matched]
+        return matched + (self.text[matched] == byte)
+
+    def _overshooting(self, matched: int) -> list[tuple[int, bytes]]:
+        """The tokens that reach the end and go past it, with what is past it."""
+        ends = ((token, self.step(matched, data)[1]) for token, data in self._tokens)
+        return [(token, rest) for token, rest in ends if rest]
+
+
+class _Vocabulary:
+    """One tokenizer as llguidance and the masks need it."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int, stop_ids: frozenset[int]) -> None:
+        self.known = min(size, tokenizer.get_vocab_size(with_added_tokens=True))
+        if not stop_ids or not all(0 <= i < self.known for i in stop_ids):
+            raise ValueError(f"stop_ids {sorted(stop_ids)}: ids below {self.known} are needed")
+        self.size = size
+        self.stop_ids = stop_ids
+        self.tokenizer = llguidance.LLTokenizer(
+            tokenizer.to_str(),
+            n_vocab=max(size, tokenizer.get_vocab_size(with_added_tokens=True)),
+            eos_token=sorted(stop_ids),
+        )
+        # llguidance takes added tokens of the form <…> for special ones, too: no text matches them.
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {
+            t.content: i for i, t in added.items() if self.tokenizer.is_special_token(i)
+        }
+        self.closing = functools.cache(self._closing)
+
+    def literal(self, text: str) -> str:
+        """`text` as a Lark rule needs it: its token if it is a special one, otherwise its bytes."""
+        token = self._special.get(text)
+        return lark.quoted(text) if token is None else f"<[{token}]>"
+
+    def bytes_of(self, token: int) -> bytes:
+        return bytes(self.tokenizer.decode_bytes([token]))
+
+    def split(self, data: bytes) -> list[int]:
+        """Some tokens that are these bytes; the matcher does not mind which."""
+        return list(self.tokenizer.tokenize_bytes(data)) if data else []
+
+    def _closing(self, text: str) -> _Closing:
+        return _Closing(text.encode(), self.bytes_of, self.known)
+
+    def fit(self, mask: NDArray[np.int32]) -> NDArray[np.int32]:
+        """int32 of shape [ceil(V / 32)], without the ids that the tokenizer or the model lacks."""
+        return mask[: (self.size + 31) // 32] & self._exists
+
+    @functools.cached_property
+    def _exists(self) -> NDArray[np.int32]:
+        return self._packed(range(self.known))
+
+    def stop_mask(self) -> NDArray[np.int32]:
+        return self._packed(self.stop_ids)
+
+    def all_but(self, tokens: Collection[int]) -> NDArray[np.int32]:
+        return self._exists & ~self._packed(tokens)
+
+    def _packed(self, tokens: Iterable[int]) -> NDArray[np.int32]:
+        bits = np.zeros((self.size + 31) // 32 * 32, dtype=np.uint8)
+        bits[list(tokens)] = 1
+        return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)

@@ -1,0 +1,256 @@
+"""A request of the API -> requests of the engine: prompt, sampling, constraint."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel
+
+from difyops.engine.answer import ChatChoice, Choice, TextChoice, TokenTexts
+from difyops.engine.chat import ChatTemplate
+from difyops.engine.grammar import Grammars
+from difyops.engine.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    StructuredOutputs,
+)
+from difyops.engine.request import Constraint, Request, SamplingDefaults, SamplingParams
+from difyops.engine.schema import UnsupportedSchema
+from difyops.engine.tokens import Tokenizer
+from difyops.engine.toolcalls import ChatParser
+from difyops.engine.toolformats import (
+    THINK_CLOSE,
+    Tool,
+    ToolFormat,
+    detect_format,
+    detect_reasoning,
+    starts_inside,
+)
+from difyops.serving.errors import bad_field, too_long, unsupported
+
+if TYPE_CHECKING:
+    from difyops.engine.runner import Engine
+
+_SEEDS = 2**63
+Number = TypeVar("Number", int, float)
+#: For the server, not for the model.
+_UNTOLD = {"function": {"strict"}}
+
+
+@dataclass(frozen=True)
+class Llm:
+    """A model that is served. Without a chat template it only completes text; without an end
+    token in its tokenizer there are no grammars."""
+
+    id: str
+    engine: Engine
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    grammars: Grammars | None
+    defaults: SamplingDefaults
+
+    @property
+    def context(self) -> int:
+        """Tokens of one request, its answer included."""
+        return self.engine.context
+
+
+@dataclass(frozen=True)
+class Job:
+    """The engine's requests for one HTTP request, each with the choice that its output becomes.
+
+    `prompt_tokens` counts every prompt once, whatever `n` is.
+    """
+
+    requests: Sequence[Request]
+    choices: Sequence[Choice]
+    prompt_tokens: int
+
+
+def chat_job(llm: Llm, asked: ChatRequest) -> Job:
+    """Raises ApiError (400) naming the field that cannot be honoured."""
+    text = _render(llm, asked)
+    source = llm.template.source if llm.template is not None else None
+    tools = [Tool(t.function.name, t.function.parameters or {}) for t in asked.callable_tools]
+    form = detect_format(source) if tools else None
+    if tools and form is None:
+        raise unsupported("tools", f"{llm.id} does not call tools")
+    inside = starts_inside(text)
+    prompt = llm.tokenizer.encode(text)
+    sampling = _sampling(llm, asked, len(prompt), "messages")
+    requests, choices = [], []
+    for index in range(asked.n or 1):
+        constraint = _chat_constraint(llm, asked, tools, form, THINK_CLOSE if inside else None)
+        requests.append(_request(llm, asked, prompt, sampling, index, constraint))
+        # A grammar that holds from the first token on leaves no room for reasoning.
+        reasoning = detect_reasoning(source) and constraint is None
+        parser = ChatParser(form, tools, reasoning=reasoning, inside=inside)
+        one_call = asked.parallel_tool_calls is False
+        choices.append(ChatChoice(index, parser, TokenTexts(llm.tokenizer), one_call=one_call))
+    return Job(requests, choices, len(prompt))
+
+
+def completion_job(llm: Llm, asked: CompletionRequest) -> Job:
+    """Raises ApiError (400) naming the field that cannot be honoured."""
+    requests: list[Request] = []
+    choices = []
+    total = 0
+    for given in asked.prompts:
+        prompt = llm.tokenizer.encode(given, bos=True) if isinstance(given, str) else given
+        _check_tokens(llm, prompt)
+        sampling = _sampling(llm, asked, len(prompt), "prompt")
+        total += len(prompt)
+        echo = given if isinstance(given, str) else llm.tokenizer.decode(given)
+        for _ in range(asked.n or 1):
+            index = len(requests)
+            constraint = _structured(llm, asked.structured_outputs, None)
+            requests.append(_request(llm, asked, prompt, sampling, index, constraint))
+            choices.append(
+                TextChoice(index, TokenTexts(llm.tokenizer), echo=echo if asked.echo else "")
+            )
+    return Job(requests, choices, total)
+
+
+def _render(llm: Llm, asked: ChatRequest) -> str:
+    template = llm.template
+    if template is None:
+        raise bad_field("model", f"{llm.id} has no chat template; it answers on /v1/completions")
+    given = asked.chat_template_kwargs or {}
+    for name in given:
+        if not re.search(rf"\b{re.escape(name)}\b", template.source):
+            raise unsupported(
+                f"chat_template_kwargs.{name}", f"the chat template of {llm.id} does not read it"
+            )
+    tools = [] if asked.tool_choice == "none" else asked.tools or []
+    try:
+        return template.render(
+            [_message(message) for message in asked.messages],
+            tools=[
+                tool.model_dump(exclude_none=True, exclude={"function": {"strict"}})
+                for tool in tools
+            ],
+            kwargs=given,
+        )
+    except ValueError as error:
+        raise bad_field("messages", str(error)) from None
+
+
+def _message(message: BaseModel) -> dict[str, Any]:
+    """As templates know it: the developer is the system, and reasoning has one name."""
+    plain = message.model_dump(exclude_none=True)
+    if plain["role"] == "developer":
+        plain["role"] = "system"
+    if "reasoning" in plain:
+        plain["reasoning_content"] = plain.pop("reasoning")
+    return plain
+
+
+def _sampling(llm: Llm, asked: GenerationRequest, prompt: int, field: str) -> SamplingParams:
+    """All but the seed. `prompt` is its length in tokens, `field` where the client gave it."""
+    room = llm.context - prompt
+    if room < 1:
+        raise too_long(prompt, llm.context, llm.id, field)
+    if (wanted := asked.most_tokens) is not None and wanted > room:
+        raise bad_field(
+            "max_tokens",
+            f"the prompt has {prompt} tokens and {wanted} are asked for, "
+            f"but the context of {llm.id} is {llm.context} tokens",
+        )
+    bias = {int(token): value for token, value in (asked.logit_bias or {}).items()}
+    if wrong := [token for token in bias if token >= llm.tokenizer.vocabulary]:
+        raise bad_field("logit_bias", f"{llm.id} has no token {wrong[0]}")
+    return SamplingParams(
+        max_tokens=wanted or room,
+        temperature=_or(asked.temperature, llm.defaults.temperature),
+        top_p=_or(asked.top_p, llm.defaults.top_p),
+        top_k=max(0, _or(asked.top_k, llm.defaults.top_k)),
+        min_p=_or(asked.min_p, llm.defaults.min_p),
+        presence_penalty=asked.presence_penalty or 0.0,
+        frequency_penalty=asked.frequency_penalty or 0.0,
+        repetition_penalty=_or(asked.repetition_penalty, llm.defaults.repetition_penalty),
+        logit_bias=bias,
+        logprobs=asked.alternatives,
+        stop_ids=frozenset() if asked.ignore_eos else llm.tokenizer.stop_ids,
+    )
+
+
+def _or(value: Number | None, default: Number) -> Number:
+    return default if value is None else value
+
+
+def _request(
+    llm: Llm,
+    asked: GenerationRequest,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    index: int,
+    constraint: Constraint | None,
+) -> Request:
+    """The choice number `index`; each has a seed of its own, so that they differ."""
+    if constraint is not None and asked.ignore_eos:
+        raise bad_field("ignore_eos", "not together with a constraint, which ends by itself")
+    seed = secrets.randbelow(_SEEDS) if asked.seed is None else (asked.seed + index) % _SEEDS
+    text = llm.tokenizer.stream(asked.stop or ())
+    return Request(prompt, replace(sampling, seed=seed), text, constraint)
+
+
+def _chat_constraint(
+    llm: Llm,
+    asked: ChatRequest,
+    tools: Sequence[Tool],
+    form: ToolFormat | None,
+    after: str | None,
+) -> Constraint | None:
+    """`after`: the text that ends the reasoning, which is free."""
+    if form is not None and asked.must_call:
+        with _explained("tools"):
+            parallel = asked.parallel_tool_calls is not False
+            return _grammars(llm).tools(tools, form, parallel=parallel, after=after)
+    wanted = asked.response_format
+    if wanted is not None and wanted.type != "text":
+        with _explained("response_format"):
+            if wanted.json_schema is None:
+                return _grammars(llm).json_object(after=after)
+            return _grammars(llm).json_schema(wanted.json_schema.schema_, after=after)
+    return _structured(llm, asked.structured_outputs, after)
+
+
+def _structured(llm: Llm, wanted: StructuredOutputs | None, after: str | None) -> Constraint | None:
+    if wanted is None:
+        return None
+    with _explained("structured_outputs"):
+        if wanted.regex is not None:
+            return _grammars(llm).regex(wanted.regex, after=after)
+        if wanted.choice is not None:
+            return _grammars(llm).choice(wanted.choice, after=after)
+        return _grammars(llm).json_schema(wanted.json_, after=after)
+
+
+def _grammars(llm: Llm) -> Grammars:
+    if llm.grammars is None:
+        raise ValueError(f"the tokenizer of {llm.id} names no end token, so no output can end")
+    return llm.grammars
+
+
+@contextlib.contextmanager
+def _explained(field: str) -> Iterator[None]:
+    """What a grammar refuses, as a 400. UnsupportedSchema has pointer and keyword in its text."""
+    try:
+        yield
+    except UnsupportedSchema as error:
+        raise unsupported(field, str(error)) from None
+    except ValueError as error:
+        raise bad_field(field, str(error)) from None
+
+
+def _check_tokens(llm: Llm, prompt: Sequence[int]) -> None:
+    if not prompt:
+        raise bad_field("prompt", f"is empty, and {llm.id} has no token to begin with")
+    if wrong := [token for token in prompt if token >= llm.tokenizer.vocabulary]:
+        raise bad_field("prompt", f"{llm.id} has no token {wrong[0]}")

