@@ -39,6 +39,7 @@ def card(name: str, trainer: Trainer, facts: Mapping[str, Any], scores: Scores) 
     layers = ", ".join(f"{e.get('repeat', 1)} x {e['mixer']}" for e in config["pattern"])
     mtp = ", ".join(f"{e.get('repeat', 1)} x {e['mixer']}" for e in config["mtp"]) or "none"
     stopped = "" if trainer.step >= plan.steps else f" (stopped; {plan.tokens:,} were planned)"
+    precision = "bfloat16 with float32 weights" if trainer.device.type == "cuda" else "float32"
     lines = [
         f"# difyops-tiny-{name}",
         "",
@@ -55,7 +56,7 @@ def card(name: str, trainer: Trainer, facts: Mapping[str, Any], scores: Scores) 
             ("tokens seen", f"{seen:,}{stopped}, of {facts['train']['tokens']:,} different ones"),
             ("training", f"AdamW, rate {plan.rate:g}, cosine to 0, {plan.batch * plan.length:,} "
              f"tokens a step, weight of the second token's loss {plan.mtp_weight:g}, "
-             f"seed {plan.seed}; bfloat16 with float32 weights"),
+             f"seed {plan.seed}; {precision}"),
         ]),
         "",
         "## On held-out text",

@@ -159,6 +159,8 @@ class Trainer:
         self.model = fresh(config, plan.seed).to(self.device)
         self.step = 0
         self._windows = Windows(tokens, plan, self.device)
+        # Scans are computed in float32; on a GPU their products may take its faster matrix units.
+        torch.set_float32_matmul_precision("high")
         self._identity = {
             "plan": asdict(plan), "config": self.config, "data": digest(tokens.tobytes()),
         }  # fmt: skip
@@ -181,8 +183,8 @@ class Trainer:
     def train(self, tell: Callable[[str], None], stop: Callable[[], bool], folder: Path) -> bool:
         """Steps until the plan is done or `stop()`; whether it is done. Leaves a checkpoint in
         `folder`. Raises DifyopsError when the loss is no number any more."""
-        began, saved = time.monotonic(), time.monotonic()
-        since, first = began, self.step
+        since = saved = time.monotonic()
+        first = self.step
         total = torch.zeros(2, device=self.device)
         while self.step < self.plan.steps and not stop():
             total += self._one()
