@@ -280,7 +280,8 @@ class Engine:
         self._drafter_reads(packed(window, accepted), packed(hidden, accepted), slots, bounds)
         for request, guessed, count in zip(requests, guesses, taken, strict=True):
             request.computed += count
-            self._learn(guessed, count - 1, request)
+            # Guesses behind the end of an answer were neither right nor wrong.
+            self._learn(guessed, count - 1, count if outputs[request].finish is None else count - 1)
 
     def _judge(
         self,
@@ -323,15 +324,15 @@ class Engine:
         if self.drafter is not None:
             self.drafter.read(Read(tokens, hidden, slots, cu), self.pool)
 
-    def _learn(self, guessed: Sequence[int], hits: int, request: Request) -> None:
-        """Count guesses that came true; those that were cut off by the end say nothing."""
-        tried = sum(guess >= 0 for guess in guessed)
+    def _learn(self, guessed: Sequence[int], hits: int, judged: int) -> None:
+        """Count guesses that came true among the first `judged` ones."""
+        tried = min(judged, sum(guess >= 0 for guess in guessed))
         counts = self._counters
         for place in range(tried):
             counts.drafted[place] = counts.drafted.get(place, 0) + 1
             counts.accepted[place] = counts.accepted.get(place, 0) + (place < hits)
         if self._adaptive is not None:
-            self._adaptive.came_true(hits, len(guessed))
+            self._adaptive.came_true(hits, min(judged, len(guessed)))
 
     def _resume(self, request: Request) -> int:
         """Put the longest kept beginning of the request into its new slot. The turn is held."""
