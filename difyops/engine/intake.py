@@ -26,6 +26,7 @@ from difyops.engine.tokens import Tokenizer
 from difyops.engine.toolcalls import ChatParser
 from difyops.engine.toolformats import (
     THINK_CLOSE,
+    THINK_OPEN,
     Tool,
     ToolFormat,
     detect_format,
@@ -75,19 +76,24 @@ def chat_job(llm: Llm, asked: ChatRequest) -> Job:
     """Raises ApiError (400) naming the field that cannot be honoured."""
     text = _render(llm, asked)
     source = llm.template.source if llm.template is not None else None
-    tools = [Tool(t.function.name, t.function.parameters or {}) for t in asked.callable_tools]
+    tools = [
+        Tool(
+            t.function.name, t.function.parameters or {}, asked.must_call or bool(t.function.strict)
+        )
+        for t in asked.callable_tools
+    ]
     form = detect_format(source) if tools else None
     if tools and form is None:
         raise unsupported("tools", f"{llm.id} does not call tools")
+    # A grammar that holds from the first token on leaves no room for reasoning.
     inside = starts_inside(text)
+    reasoning = inside or (detect_reasoning(source) and not asked.whole_is_constrained)
     prompt = llm.tokenizer.encode(text)
     sampling = _sampling(llm, asked, len(prompt), "messages")
     requests, choices = [], []
     for index in range(asked.n or 1):
-        constraint = _chat_constraint(llm, asked, tools, form, THINK_CLOSE if inside else None)
+        constraint = _chat_constraint(llm, asked, tools, form, reasoning=reasoning, inside=inside)
         requests.append(_request(llm, asked, prompt, sampling, index, constraint))
-        # A grammar that holds from the first token on leaves no room for reasoning.
-        reasoning = detect_reasoning(source) and constraint is None
         parser = ChatParser(form, tools, reasoning=reasoning, inside=inside)
         one_call = asked.parallel_tool_calls is False
         choices.append(ChatChoice(index, parser, TokenTexts(llm.tokenizer), one_call=one_call))
@@ -203,13 +209,23 @@ def _chat_constraint(
     asked: ChatRequest,
     tools: Sequence[Tool],
     form: ToolFormat | None,
-    after: str | None,
+    *,
+    reasoning: bool,
+    inside: bool,
 ) -> Constraint | None:
-    """`after`: the text that ends the reasoning, which is free."""
+    """`reasoning`: the answer may begin with it; `inside`: the prompt has opened it."""
+    after = THINK_CLOSE if reasoning else None
+    parallel = asked.parallel_tool_calls is not False
     if form is not None and asked.must_call:
         with _explained("tools"):
-            parallel = asked.parallel_tool_calls is not False
             return _grammars(llm).tools(tools, form, parallel=parallel, after=after)
+    # Without a strict tool nothing was promised, and the model writes its calls as it likes.
+    if form is not None and any(tool.strict for tool in tools):
+        begins = THINK_OPEN if reasoning and not inside else None
+        with _explained("tools"):
+            return _grammars(llm).optional_tools(
+                tools, form, parallel=parallel, begins=begins, after=after
+            )
     wanted = asked.response_format
     if wanted is not None and wanted.type != "text":
         with _explained("response_format"):

@@ -183,7 +183,8 @@ Message = Annotated[
 
 
 class Function(_Body):
-    """Arguments are constrained wherever the call is (`tool_choice`), `strict` or not."""
+    """Arguments keep to `parameters` where `strict` says so, and in every call that must be made
+    (`tool_choice`)."""
 
     name: Name
     description: str | None = None
@@ -309,10 +310,6 @@ class ChatRequest(GenerationRequest):
                 raise ValueError(f"tool_choice: no tool {self.tool_choice.function.name!r}")
         elif self.tool_choice == "required" and not names:
             raise ValueError("tool_choice: required, but there are no tools")
-        if not self.must_call and any(t.function.strict for t in self.callable_tools):
-            raise ValueError(
-                "tools: strict: true can be kept only with tool_choice required or a named tool"
-            )
         if self.callable_tools and (self.structured_outputs or self.wants_json):
             field = "structured_outputs" if self.structured_outputs else "response_format"
             raise ValueError(f"{field}: not together with tools that may be called")
@@ -332,6 +329,11 @@ class ChatRequest(GenerationRequest):
     @property
     def must_call(self) -> bool:
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def whole_is_constrained(self) -> bool:
+        """From the answer's first token on, but for a reasoning that the prompt has opened."""
+        return self.must_call or self.wants_json or self.structured_outputs is not None
 
     @property
     def most_tokens(self) -> int | None:
