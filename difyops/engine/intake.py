@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from difyops.engine.answer import ChatChoice, Choice, TextChoice, TokenTexts
 from difyops.engine.chat import ChatTemplate
 from difyops.engine.grammar import Grammars
 from difyops.engine.protocol import (
+    THINKING_NAMES,
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from difyops.engine.runner import Engine
 
 _SEEDS = 2**63
-#: For the server, not for the model.
-_UNTOLD = {"function": {"strict"}}
 
 
 @dataclass(frozen=True)
@@ -125,12 +123,7 @@ def _render(llm: Llm, asked: ChatRequest) -> str:
     template = llm.template
     if template is None:
         raise bad_field("model", f"{llm.id} has no chat template; it answers on /v1/completions")
-    given = asked.chat_template_kwargs or {}
-    for name in given:
-        if not re.search(rf"\b{re.escape(name)}\b", template.source):
-            raise unsupported(
-                f"chat_template_kwargs.{name}", f"the chat template of {llm.id} does not read it"
-            )
+    given = template_kwargs(llm.id, asked, template)
     tools = [] if asked.tool_choice == "none" else asked.tools or []
     try:
         return template.render(
@@ -143,6 +136,31 @@ def _render(llm: Llm, asked: ChatRequest) -> str:
         )
     except ValueError as error:
         raise bad_field("messages", str(error)) from None
+
+
+def template_kwargs(model: str, asked: ChatRequest, template: ChatTemplate) -> dict[str, Any]:
+    """What the template of `model` is given beside the conversation. Raises ApiError (400) for what
+    it does not read."""
+    given = dict(asked.chat_template_kwargs or {})
+    if asked.thinks is not None:
+        # Clients send every name that some model has for it; this model's is the one that counts.
+        names = [name for name in THINKING_NAMES if name in template.reads]
+        if not names and asked.thinks != detect_reasoning(template.source):
+            how = "never" if asked.thinks else "always"
+            raise unsupported("enable_thinking", f"{model} {how} reasons")
+        given = {k: v for k, v in given.items() if k not in THINKING_NAMES}
+        given |= dict.fromkeys(names, asked.thinks)
+    for name in given:
+        if name not in template.reads:
+            raise unsupported(
+                f"chat_template_kwargs.{name}", f"the chat template of {model} does not read it"
+            )
+    if asked.reasoning_effort is not None:
+        if "reasoning_effort" not in template.reads:
+            raise unsupported("reasoning_effort", f"the chat template of {model} does not read it")
+        if given.setdefault("reasoning_effort", asked.reasoning_effort) != asked.reasoning_effort:
+            raise bad_field("reasoning_effort", "chat_template_kwargs says something else")
+    return given
 
 
 def _message(message: BaseModel) -> dict[str, Any]:
