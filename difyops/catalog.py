@@ -40,6 +40,8 @@ class Llm(_Data):
     weights: ModelFile
     trained_context: int = Field(gt=0)
     tools: bool
+    #: What its makers recommend; a GGUF has no place for it.
+    sampling: dict[str, float] = Field(default_factory=dict)
 
     def files(self) -> dict[str, ModelFile]:
         """The files to fetch, by role."""

@@ -85,12 +85,19 @@ def serve(
         llm={
             "id": name, "context": context, "slots": slots, "pages": pages,
             "prefill_tokens": prefill_tokens, "max_waiting": max_waiting, "dtype": dtype.value,
-            "device": device, "threads": threads, "cache": cache,
+            "device": device, "threads": threads, "cache": cache, "sampling": _sampling(model),
         },
         embedding=_embedding(embedding, cache or default_cache()) if embedding else None,
     )  # fmt: skip
     if code := run(wanted):
         raise typer.Exit(code)
+
+
+def _sampling(model: str) -> dict[str, float] | None:
+    """What the catalog says of a model that it knows."""
+    from difyops import catalog
+
+    return catalog.get_llm(model).sampling if model in catalog.names("llm") else None
 
 
 def _embedding(name: str, cache: Path) -> dict[str, object]:

@@ -39,6 +39,7 @@ class LlmSpec:
     parallel: int = 1
     threads: int | None = None
     tools: bool = False
+    sampling: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ def config_text(spec: Spec) -> str:
             "context": llm.context,
             "slots": llm.parallel,
             "threads": llm.threads,
+            "sampling": dict(llm.sampling),
         }
     if embedding is not None:
         content["embedding"] = embedding_fields(embedding)

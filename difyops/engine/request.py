@@ -44,6 +44,17 @@ class SamplingParams:
     stop_ids: frozenset[int] = frozenset()
 
 
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What a request gets that does not say: OpenAI's values, unless the model brings its own."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
 class Constraint(Protocol):
     """A grammar's position in one request; see grammar.py. Used by the runner's thread only."""
 

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
@@ -180,7 +181,8 @@ def open_llm(config: LlmConfig) -> Llm:
     except (ValueError, RuntimeError, MemoryError) as error:
         raise PrerequisiteError(f"cannot serve {config.id} from {path}: {error}") from error
     engine.start()
-    return Llm(config.id, engine, words, template, grammars)
+    defaults = replace(loaded.sampling, **config.sampling.given())
+    return Llm(config.id, engine, words, template, grammars, defaults)
 
 
 def default_pages(model: Decoder, slots: int, context: int) -> int:

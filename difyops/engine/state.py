@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,9 +166,7 @@ class StatePool:
                 specs: Mapping[str, TensorSpec], *lead: int, count: int = len(members)
             ) -> dict[str, Tensor]:
                 return {
-                    name: torch.full(
-                        (count, *lead, *spec.shape), spec.fill, dtype=spec.dtype, device=device
-                    )
+                    name: _filled((count, *lead, *spec.shape), spec, device)
                     for name, spec in specs.items()
                 }
 
@@ -264,6 +263,15 @@ class StatePool:
     def check(self) -> None:
         """Raises IntegrityError when a slot or a page is lost or has two owners."""
         self.table.check(tuple(self._leases))
+
+
+def _filled(shape: tuple[int, ...], spec: TensorSpec, device: torch.device | str) -> Tensor:
+    if torch.device(device).type == "cpu" and not spec.fill:
+        # Zeros that the system hands out when they are first touched: a pool for full contexts
+        # costs memory, and time at the start, only as sequences fill it.
+        raw = np.zeros(math.prod(shape) * spec.dtype.itemsize, dtype=np.uint8)
+        return torch.from_numpy(raw).view(spec.dtype).view(shape)
+    return torch.full(shape, spec.fill, dtype=spec.dtype, device=device)
 
 
 def _distinct(specs: Sequence[StateSpec]) -> list[StateSpec]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from difyops.engine.layout import DAMAGED, INDEX, indexed, shards
 from difyops.errors import PrerequisiteError
+
+_log = logging.getLogger(__name__)
 
 
 class Tensors(Protocol):
@@ -83,8 +86,9 @@ def fill(
     checkpoint may hold them once or, if they are equal, several times. Raises PrerequisiteError
     naming tensors that are missing, unknown, or of another shape or kind.
     """
+    sources = _sources(checkpoint, rename, model.state_dict(keep_vars=True))
+    _leave_out(model, sources)
     places = model.state_dict(keep_vars=True)
-    sources = _sources(checkpoint, rename, places)
     aliases: dict[int, list[str]] = {}
     for place, slot in places.items():
         aliases.setdefault(id(slot), []).append(place)
@@ -108,6 +112,18 @@ def fill(
         for place in group:
             path, _, leaf = place.rpartition(".")
             setattr(model.get_submodule(path), leaf, filled)
+
+
+def _leave_out(model: nn.Module, sources: Mapping[str, str]) -> None:
+    """Drop what plain decoding does not run and the checkpoint lacks as a whole: transformers
+    saves a model without the multi-token prediction that its config still names."""
+    extra = getattr(model, "extra", None)
+    if not isinstance(extra, nn.ModuleDict):
+        return
+    for name in list(extra):
+        if not any(place.startswith(f"extra.{name}.") for place in sources):
+            _log.warning("the checkpoint has no weights for %s: served without it", name)
+            del extra[name]
 
 
 def _sources(

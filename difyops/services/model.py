@@ -98,7 +98,9 @@ def _llm_spec(deployment: Deployment) -> LlmSpec:
             f"set model.context to {entry.trained_context} or less",
         )
     path = models_folder(deployment) / wanted.name / entry.weights.file
-    return LlmSpec(wanted.name, path, context, wanted.slots, tools=entry.tools)
+    return LlmSpec(
+        wanted.name, path, context, wanted.slots, tools=entry.tools, sampling=entry.sampling
+    )
 
 
 def source_link(deployment: Deployment) -> Path:

@@ -204,3 +204,17 @@ def test_tokens_behind_the_length_are_not_there(kind: tuple[str, dict[str, Any]]
     for name, tensor in after.items():
         assert torch.equal(tensor[0], carry[name][0])
         assert error(tensor[1], wanted[name][1]) < EXACT
+
+
+def test_what_a_page_held_before_is_not_read(kind: tuple[str, dict[str, Any]]) -> None:
+    """Not even by way of a mask: 0 * nan is nan."""
+    bench, x, y = Bench.of(*kind), tokens(30), tokens(9, seed=6)
+    size = bench.pool.table.page_size
+    for tensor in bench.state.token.values():
+        tensor[size:] = float("nan")
+    a, b = bench.slot(), bench.slot()
+    bench.prefill({a: x[:20], b: y[:4]})
+    for i in range(5):
+        out = bench.step({a: x[20 + i], b: y[4 + i]})
+    assert error(out[a], bench.mixer.reference(x[:25])[-1]) < EXACT
+    assert error(out[b], bench.mixer.reference(y)[-1]) < EXACT

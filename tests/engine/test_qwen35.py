@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from difyops.engine.load import load
 from difyops.engine.mixers import GatedDelta, Softmax
 from difyops.engine.models import family
+from difyops.engine.request import SamplingDefaults
 from difyops.errors import UsageError
-from tests.engine.oracle import Oracle
+from tests.engine import tiny
+from tests.engine.oracle import Oracle, ours
 
 TINY: dict[str, Any] = {
     "model_type": "qwen3_5_text", "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40,
@@ -58,6 +64,54 @@ def test_steps_are_transformers(oracle: Oracle) -> None:
 
 def test_verify_commit_and_step_are_transformers(oracle: Oracle) -> None:
     oracle.continuation()
+
+
+def test_at_the_released_eps_rounding_is_all_that_differs() -> None:
+    """With an eps of 1e-6 float32 itself is further than 1e-5 from float64. Then we may be no
+    further from it than transformers is."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    torch.manual_seed(0)
+    config = Qwen3_5TextConfig(**TINY)
+    assert config.rms_norm_eps == 1e-6
+    theirs = Qwen3_5ForCausalLM(config)
+    oracle = Oracle.of(theirs, config.to_dict())
+    exact = Oracle(ours(theirs, config.to_dict(), torch.float64), oracle.sequences, [])
+    got, true = (o.prefill(dict(zip(o.start(), o.sequences, strict=True))) for o in (oracle, exact))
+    for slot, wanted in zip(got, oracle.wanted, strict=True):
+        far = [float((x - true[slot]).abs().max()) for x in (got[slot], wanted)]
+        assert far[0] < 2 * far[1] + 1e-5 < 1e-2
+
+
+@pytest.mark.parametrize("mtp", [True, False])
+def test_a_released_checkpoint_is_loaded_from_its_files(
+    mtp: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nested config, vision's tensors beside the text's, MTP weights kept; transformers saves a
+    model without them, although its config still names them."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    folder = tiny.checkpoint(tmp_path / "model")
+    words = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]) + 10
+    config = json.loads(json.dumps(NESTED))
+    config["text_config"] |= {"vocab_size": words, "eos_token_id": 5}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20}')
+    theirs = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**config["text_config"]))
+    tensors = {"model.visual.patch_embed.proj.weight": torch.zeros(3)}
+    tensors |= {name: torch.randn(shape) for name, shape in MTP.items()} if mtp else {}
+    for name, tensor in theirs.model.state_dict().items():
+        tensors[f"model.language_model.{name}"] = tensor.clone()
+    save_file(tensors, str(folder / "model.safetensors"))
+    loaded = load(folder)
+    query = loaded.model.state_dict()["blocks.3.mixer.q_proj.weight"]
+    assert torch.equal(query, tensors["model.language_model.layers.3.self_attn.q_proj.weight"])
+    assert ("mtp" in loaded.model.extra) is mtp
+    assert ("no weights for mtp" in caplog.text) is not mtp
+    if mtp:
+        assert torch.equal(loaded.model.extra["mtp"].fc.weight, tensors["mtp.fc.weight"])
+    assert 5 in loaded.tokenizer.stop_ids
+    assert loaded.sampling == SamplingDefaults(temperature=0.6, top_k=20)
 
 
 def test_bf16_stays_near_float32() -> None:

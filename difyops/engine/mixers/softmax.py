@@ -103,9 +103,11 @@ class Softmax(Mixer):
         self._store(k, v, state, slots[:, None].expand_as(positions), positions)
         longest = int(positions.max()) + 1
         reach = torch.arange(longest, device=x.device)
-        # Rows behind a sequence's end are whatever page 0 holds; the mask hides them.
-        rows = state.rows(slots[:, None].expand(-1, longest), reach.expand(len(slots), -1))
         allowed = reach <= positions[..., None]
+        rows = state.rows(slots[:, None].expand(-1, longest), reach.expand(len(slots), -1))
+        # Rows behind a sequence's end may hold what another left, and a mask does not stop a nan
+        # (0 * nan is one): they read the null page, which only finite tokens pad.
+        rows = rows.masked_fill(~allowed[:, -1], 0)
         out = _attend(q, state.token["k"][rows], state.token["v"][rows], allowed)
         return self._emit(out, gate)
 

@@ -9,13 +9,13 @@ import threading
 from typing import Any
 
 import pytest
-from difyops.engine.tokens import Tokenizer
-from difyops.engine.toolcalls import ChatParser
-from difyops.engine.toolformats import Tool
 
 from difyops.engine.answer import ChatChoice, TextChoice, TokenTexts
 from difyops.engine.inbox import Inbox, merged
 from difyops.engine.request import FinishReason, Output, TokenLogprob
+from difyops.engine.tokens import Tokenizer
+from difyops.engine.toolcalls import ChatParser
+from difyops.engine.toolformats import Tool
 from tests.engine import tiny
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'

@@ -81,6 +81,15 @@ def test_temperature_0_needs_no_seed(client: openai.OpenAI) -> None:
     assert len(texts) == 1
 
 
+def test_a_model_may_recommend_how_to_sample(start: Callable[..., Local]) -> None:
+    """Greedy where a request says nothing, and what it says where it does."""
+    server = start(sampling={"temperature": 0})
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY) as client:
+        silent = {chat(client, seed=s).choices[0].message.content for s in (1, 2)}
+        asked = {chat(client, seed=s, temperature=1).choices[0].message.content for s in (1, 2)}
+    assert (len(silent), len(asked)) == (1, 2)
+
+
 def test_several_choices_differ_and_are_interleaved(client: openai.OpenAI) -> None:
     whole = chat(client, n=3, extra_body={"ignore_eos": True})
     assert [c.index for c in whole.choices] == [0, 1, 2]
