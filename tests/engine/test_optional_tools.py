@@ -242,3 +242,13 @@ def test_only_strict_tools_are_refused() -> None:
         with pytest.raises(UnsupportedSchema) as caught:
             grammars.optional_tools([LOOSE, Tool("bad", LOOSE.parameters)], form)
         assert caught.value.pointer == "/1/parameters/properties/a/not"
+
+
+def test_a_text_that_repeats_its_beginning_is_found() -> None:
+    free = FreeText(["aabaac"], lambda t: b"", 0)
+    rng = random.Random(2)
+    for _ in range(300):
+        text = "".join(rng.choices(["a", "aab", "aac", "b"], k=9)).encode()
+        rest = free.step(free.start, text)[1]
+        before, found, after = text.partition(b"aabaac")
+        assert rest == (after if found else None), before
