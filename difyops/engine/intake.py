@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from difyops.engine.answer import ChatChoice, Choice, TextChoice, TokenTexts
 from difyops.engine.chat import ChatTemplate
 from difyops.engine.grammar import Grammars
 from difyops.engine.protocol import (
+    THINKING_NAMES,
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
@@ -26,6 +26,7 @@ from difyops.engine.tokens import Tokenizer
 from difyops.engine.toolcalls import ChatParser
 from difyops.engine.toolformats import (
     THINK_CLOSE,
+    THINK_OPEN,
     Tool,
     ToolFormat,
     detect_format,
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 _SEEDS = 2**63
 Number = TypeVar("Number", int, float)
-#: For the server, not for the model.
-_UNTOLD = {"function": {"strict"}}
 
 
 @dataclass(frozen=True)
@@ -77,19 +76,24 @@ def chat_job(llm: Llm, asked: ChatRequest) -> Job:
     """Raises ApiError (400) naming the field that cannot be honoured."""
     text = _render(llm, asked)
     source = llm.template.source if llm.template is not None else None
-    tools = [Tool(t.function.name, t.function.parameters or {}) for t in asked.callable_tools]
+    tools = [
+        Tool(
+            t.function.name, t.function.parameters or {}, asked.must_call or bool(t.function.strict)
+        )
+        for t in asked.callable_tools
+    ]
     form = detect_format(source) if tools else None
     if tools and form is None:
         raise unsupported("tools", f"{llm.id} does not call tools")
+    # A grammar that holds from the first token on leaves no room for reasoning.
     inside = starts_inside(text)
+    reasoning = inside or (detect_reasoning(source) and not asked.whole_is_constrained)
     prompt = llm.tokenizer.encode(text)
     sampling = _sampling(llm, asked, len(prompt), "messages")
     requests, choices = [], []
     for index in range(asked.n or 1):
-        constraint = _chat_constraint(llm, asked, tools, form, THINK_CLOSE if inside else None)
+        constraint = _chat_constraint(llm, asked, tools, form, reasoning=reasoning, inside=inside)
         requests.append(_request(llm, asked, prompt, sampling, index, constraint))
-        # A grammar that holds from the first token on leaves no room for reasoning.
-        reasoning = detect_reasoning(source) and constraint is None
         parser = ChatParser(form, tools, reasoning=reasoning, inside=inside)
         one_call = asked.parallel_tool_calls is False
         choices.append(ChatChoice(index, parser, TokenTexts(llm.tokenizer), one_call=one_call))
@@ -121,12 +125,7 @@ def _render(llm: Llm, asked: ChatRequest) -> str:
     template = llm.template
     if template is None:
         raise bad_field("model", f"{llm.id} has no chat template; it answers on /v1/completions")
-    given = asked.chat_template_kwargs or {}
-    for name in given:
-        if not re.search(rf"\b{re.escape(name)}\b", template.source):
-            raise unsupported(
-                f"chat_template_kwargs.{name}", f"the chat template of {llm.id} does not read it"
-            )
+    given = template_kwargs(llm.id, asked, template)
     tools = [] if asked.tool_choice == "none" else asked.tools or []
     try:
         return template.render(
@@ -139,6 +138,31 @@ def _render(llm: Llm, asked: ChatRequest) -> str:
         )
     except ValueError as error:
         raise bad_field("messages", str(error)) from None
+
+
+def template_kwargs(model: str, asked: ChatRequest, template: ChatTemplate) -> dict[str, Any]:
+    """What the template of `model` is given beside the conversation. Raises ApiError (400) for what
+    it does not read."""
+    given = dict(asked.chat_template_kwargs or {})
+    if asked.thinks is not None:
+        # Clients send every name that some model has for it; this model's is the one that counts.
+        names = [name for name in THINKING_NAMES if name in template.reads]
+        if not names and asked.thinks != detect_reasoning(template.source):
+            how = "never" if asked.thinks else "always"
+            raise unsupported("enable_thinking", f"{model} {how} reasons")
+        given = {k: v for k, v in given.items() if k not in THINKING_NAMES}
+        given |= dict.fromkeys(names, asked.thinks)
+    for name in given:
+        if name not in template.reads:
+            raise unsupported(
+                f"chat_template_kwargs.{name}", f"the chat template of {model} does not read it"
+            )
+    if asked.reasoning_effort is not None:
+        if "reasoning_effort" not in template.reads:
+            raise unsupported("reasoning_effort", f"the chat template of {model} does not read it")
+        if given.setdefault("reasoning_effort", asked.reasoning_effort) != asked.reasoning_effort:
+            raise bad_field("reasoning_effort", "chat_template_kwargs says something else")
+    return given
 
 
 def _message(message: BaseModel) -> dict[str, Any]:
@@ -205,13 +229,23 @@ def _chat_constraint(
     asked: ChatRequest,
     tools: Sequence[Tool],
     form: ToolFormat | None,
-    after: str | None,
+    *,
+    reasoning: bool,
+    inside: bool,
 ) -> Constraint | None:
-    """`after`: the text that ends the reasoning, which is free."""
+    """`reasoning`: the answer may begin with it; `inside`: the prompt has opened it."""
+    after = THINK_CLOSE if reasoning else None
+    parallel = asked.parallel_tool_calls is not False
     if form is not None and asked.must_call:
         with _explained("tools"):
-            parallel = asked.parallel_tool_calls is not False
             return _grammars(llm).tools(tools, form, parallel=parallel, after=after)
+    # Without a strict tool nothing was promised, and the model writes its calls as it likes.
+    if form is not None and any(tool.strict for tool in tools):
+        begins = THINK_OPEN if reasoning and not inside else None
+        with _explained("tools"):
+            return _grammars(llm).optional_tools(
+                tools, form, parallel=parallel, begins=begins, after=after
+            )
     wanted = asked.response_format
     if wanted is not None and wanted.type != "text":
         with _explained("response_format"):

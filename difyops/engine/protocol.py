@@ -10,7 +10,7 @@ may bring its own temperature, top_p, top_k, min_p and repetition penalty: gener
 
 Extensions, named as vLLM names them: `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
 `structured_outputs`, `chat_template_kwargs`; `reasoning_content` (or `reasoning`) in the messages
-of an assistant.
+of an assistant. Dify's provider switches reasoning by `enable_thinking` and `thinking`, too.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from difyops.serving.errors import ApiError, bad_field, unsupported
 #: Choices of one request, over all its prompts.
 MAX_CHOICES = 128
 MAX_STOPS = 16
+#: What chat templates call the switch of the reasoning.
+THINKING_NAMES = ("enable_thinking", "thinking")
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
@@ -72,12 +74,12 @@ class StreamOptions(_Body):
 
 
 class JsonSchema(_Body):
-    """`name` and `strict` label it: the schema is always enforced to the letter."""
+    """All but the schema labels it: the schema is always enforced to the letter."""
 
     name: Name
     schema_: Schema = Field(alias="schema")
     strict: bool | None = None
-    description: None = None
+    description: str | None = None
 
 
 class ResponseFormat(_Body):
@@ -139,7 +141,7 @@ class CalledFunction(_Body):
     @model_validator(mode="after")
     def _is_json(self) -> Self:
         try:
-            arguments = json.loads(self.arguments)
+            arguments = json.loads(self.arguments or "{}")
         except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
@@ -183,7 +185,8 @@ Message = Annotated[
 
 
 class Function(_Body):
-    """Arguments are constrained wherever the call is (`tool_choice`), `strict` or not."""
+    """Arguments keep to `parameters` where `strict` says so, and in every call that must be made
+    (`tool_choice`)."""
 
     name: Name
     description: str | None = None
@@ -214,6 +217,10 @@ class NamedTool(_Body):
     function: FunctionName
 
 
+class Thinking(_Body):
+    type: Literal["enabled", "disabled"]
+
+
 class GenerationRequest(_Body):
     """What chat and text completions have in common."""
 
@@ -223,7 +230,7 @@ class GenerationRequest(_Body):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None  # 0: the likeliest token alone
     top_k: Annotated[int, Field(ge=-1)] | None = None  # 0 and -1: all
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -268,6 +275,9 @@ class ChatRequest(GenerationRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: NonEmpty | None = None
+    enable_thinking: bool | None = None
+    thinking: Thinking | None = None
     # What changes no answer here: tags, hints, and the values that mean what is done anyway.
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
@@ -275,6 +285,7 @@ class ChatRequest(GenerationRequest):
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
+    reasoning_format: Literal["auto", "deepseek"] | None = None  # llama.cpp's
     # OpenAI's fields that this server lacks.
     audio: None = None
     function_call: None = None
@@ -283,7 +294,6 @@ class ChatRequest(GenerationRequest):
     prediction: None = None
     prompt_cache_options: None = None
     prompt_cache_retention: None = None
-    reasoning_effort: None = None
     verbosity: None = None
     web_search_options: None = None
 
@@ -295,6 +305,10 @@ class ChatRequest(GenerationRequest):
             self.max_tokens != self.max_completion_tokens
         ):
             raise ValueError("max_tokens: max_completion_tokens says something else")
+        if len(set(self._switches)) > 1:
+            raise ValueError(
+                "enable_thinking: thinking or chat_template_kwargs says something else"
+            )
         self._check_tools()
         if self.structured_outputs and self.response_format:
             raise ValueError("structured_outputs: not together with response_format")
@@ -309,13 +323,23 @@ class ChatRequest(GenerationRequest):
                 raise ValueError(f"tool_choice: no tool {self.tool_choice.function.name!r}")
         elif self.tool_choice == "required" and not names:
             raise ValueError("tool_choice: required, but there are no tools")
-        if not self.must_call and any(t.function.strict for t in self.callable_tools):
-            raise ValueError(
-                "tools: strict: true can be kept only with tool_choice required or a named tool"
-            )
         if self.callable_tools and (self.structured_outputs or self.wants_json):
             field = "structured_outputs" if self.structured_outputs else "response_format"
             raise ValueError(f"{field}: not together with tools that may be called")
+
+    @property
+    def _switches(self) -> list[bool]:
+        """Of the reasoning, under all the names that clients have for it."""
+        named = [(self.chat_template_kwargs or {}).get(name) for name in THINKING_NAMES]
+        found = [self.enable_thinking, *named]
+        if self.thinking is not None:
+            found.append(self.thinking.type == "enabled")
+        return [value for value in found if isinstance(value, bool)]
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether the answer is to begin with reasoning; None: as the template has it."""
+        return next(iter(self._switches), None)
 
     @property
     def wants_json(self) -> bool:
@@ -332,6 +356,11 @@ class ChatRequest(GenerationRequest):
     @property
     def must_call(self) -> bool:
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def whole_is_constrained(self) -> bool:
+        """From the answer's first token on, but for a reasoning that the prompt has opened."""
+        return self.must_call or self.wants_json or self.structured_outputs is not None
 
     @property
     def most_tokens(self) -> int | None:
