@@ -60,6 +60,11 @@ class Llm:
         """Tokens of one request, its answer included."""
         return self.engine.context
 
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes tool calls; None when its template teaches none that we read."""
+        return detect_format(self.template.source) if self.template is not None else None
+
 
 @dataclass(frozen=True)
 class Job:
@@ -78,7 +83,7 @@ def chat_job(llm: Llm, asked: ChatRequest) -> Job:
     text = _render(llm, asked)
     source = llm.template.source if llm.template is not None else None
     tools = [Tool(t.function.name, t.function.parameters or {}) for t in asked.callable_tools]
-    form = detect_format(source) if tools else None
+    form = llm.tool_format if tools else None
     if tools and form is None:
         raise unsupported("tools", f"{llm.id} does not call tools")
     inside = starts_inside(text)
