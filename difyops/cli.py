@@ -96,6 +96,9 @@ def init(
             "taken from DIFYOPS_MODEL_API_KEY."
         ),
     ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="What serves the model here: llamacpp or native.")
+    ] = None,
     base_url: Annotated[str | None, typer.Option(help="The URL people will open.")] = None,
     without_dify: Annotated[
         bool,
@@ -109,7 +112,7 @@ def init(
 
     answers = initialise.answers(
         version=version, model=model, model_url=model_url, base_url=base_url,
-        without_dify=without_dify,
+        without_dify=without_dify, backend=backend,
     )  # fmt: skip
     root = _options(context).root / (directory or Path())
     made = initialise.run(

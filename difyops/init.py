@@ -185,6 +185,7 @@ def answers(
     model_url: str | None,
     base_url: str | None,
     without_dify: bool,
+    backend: str | None = None,
 ) -> dict[str, Any]:
     """What the flags say, in the shape of difyops.yaml; empty where there are none."""
     given: dict[str, Any] = {}
@@ -193,7 +194,9 @@ def answers(
         given["dify"] = dify
     if model_url and not model:
         raise UsageError("--model-url needs the name of a model there", "--model NAME")
-    backend = "external" if model_url else None
+    if model_url and backend:
+        raise UsageError("--backend is for a model here, --model-url for one elsewhere", "one only")
+    backend = "external" if model_url else backend
     about = {"backend": backend, "name": model, "url": model_url}
     if about := {k: v for k, v in about.items() if v is not None}:
         given["model"] = about

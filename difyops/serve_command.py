@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+log = logging.getLogger("difyops.engine")
 
 EPILOG = (
     "Examples: difyops serve smollm2-135m | difyops serve ~/models/qwen3.5-0.8b --context 32768 | "
@@ -74,8 +77,8 @@ def serve(
 ) -> None:
     """Serve a model on difyops' own engine, OpenAI-compatible, until Ctrl-C."""
     from difyops.engine import config
-    from difyops.engine.serve import default_cache
     from difyops.engine.serve import serve as run
+    from difyops.engine.sources import default_cache
     from difyops.serving.process import log_to_stderr
 
     log_to_stderr()
@@ -105,13 +108,7 @@ def _embedding(name: str, cache: Path) -> dict[str, object]:
     from difyops import catalog, modelsource
 
     entry = catalog.get_embedding(name)
-    paths = {
-        role: modelsource.fetch(
-            file.source, file.member, name=name, file=file.file, sha256=file.sha256,
-            size=file.bytes, directory=cache,
-        )
-        for role, file in entry.files().items()
-    }  # fmt: skip
+    paths = modelsource.fetch_model(name, cache, tell=log.info)
     return {
         "id": name,
         "model": paths["weights"],

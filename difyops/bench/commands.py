@@ -58,7 +58,7 @@ def serve(
     from difyops.bench import serve as serving
     from difyops.init import KEY_VARIABLE
     from difyops.secrets import Secret
-    from difyops.serving.llama import default_threads
+    from difyops.serving.process import default_threads
 
     key = os.environ.get(KEY_VARIABLE)
     wanted = serving.Wanted(

@@ -131,7 +131,9 @@ def run(wanted: Wanted, progress: Progress) -> Comparison:
         raise UsageError("nothing to measure", "name a model, or a server with --url")
     if wanted.model is None and wanted.peers:
         raise UsageError("peers need the model that they load", "difyops bench serve MODEL")
-    weights = peers.weights_of(wanted.model) if wanted.model and wanted.peers else None
+    weights = None
+    if wanted.model and wanted.peers:
+        weights = peers.weights_of(wanted.model, progress.note)
     rows: list[Row] = []
     with ExitStack() as stack:
         lasting = _Field(stack, progress)

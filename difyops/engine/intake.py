@@ -59,6 +59,11 @@ class Llm:
         """Tokens of one request, its answer included."""
         return self.engine.context
 
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes tool calls; None when its template teaches none that we read."""
+        return detect_format(self.template.source) if self.template is not None else None
+
 
 @dataclass(frozen=True)
 class Job:
@@ -82,7 +87,7 @@ def chat_job(llm: Llm, asked: ChatRequest) -> Job:
         )
         for t in asked.callable_tools
     ]
-    form = detect_format(source) if tools else None
+    form = llm.tool_format if tools else None
     if tools and form is None:
         raise unsupported("tools", f"{llm.id} does not call tools")
     # A grammar that holds from the first token on leaves no room for reasoning.

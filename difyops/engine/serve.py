@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import ipaddress
 import logging
 import os
 import socket
@@ -14,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -28,7 +28,6 @@ from difyops.errors import (
     UsageError,
 )
 from difyops.serving import process
-from difyops.serving.llama import default_threads
 
 if TYPE_CHECKING:
     from difyops.engine.intake import Llm
@@ -56,6 +55,8 @@ def serve(config: EngineConfig) -> int:
     if config.embedding is not None:
         needed += ["onnxruntime", "tokenizers"]
     process.require(needed, "engine")
+    if config.key is None and not _is_loopback(config.host):
+        log.warning("%s without an API key: whoever reaches it may use it", config.host)
     with process.listen(config.host, config.port) as listener:
         code = asyncio.run(_serve(config, listener))
     if _loader_runs():
@@ -63,6 +64,13 @@ def serve(config: EngineConfig) -> int:
         logging.shutdown()
         os._exit(code)
     return code
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class _Server(process.Server):
@@ -150,18 +158,21 @@ def open_llm(config: LlmConfig) -> Llm:
     from difyops.engine.grammar import Grammars
     from difyops.engine.intake import Llm
     from difyops.engine.runner import Engine
-    from difyops.engine.sources import resolve
+    from difyops.engine.sources import default_cache, resolve
 
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(config.threads or default_threads())
+    torch.set_num_threads(config.threads or process.default_threads())
     path = resolve(config.model, config.cache or default_cache(), log.info)
     loaded = checkpoints.load(path, dtype=config.dtype, device=device)
     words = loaded.tokenizer
-    if config.context is not None and config.context > loaded.context:
-        log.warning("%s: %d tokens of context were asked for", config.id, config.context)
-    context = min(config.context or loaded.context, loaded.context)
+    context = config.context or loaded.context
+    if context > loaded.context:
+        raise UsageError(
+            f"context: {context} tokens were asked for, and {config.id} has {loaded.context}",
+            f"ask for {loaded.context} or less, or leave it out",
+        )
     try:
         template = None
         if words.chat_template is not None:
@@ -203,11 +214,6 @@ def default_pages(model: Decoder, slots: int, context: int) -> int:
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     one = -(-(context + 1) // PAGE_SIZE)
     return max(one, min(slots * one, free // 4 // each))
-
-
-def default_cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "difyops" / "models"
 
 
 async def _watch(service: Service) -> str:

@@ -62,7 +62,8 @@ class Models:
         """Entries of `/v1/models`; lengths in tokens, as the engines report them."""
         entries = []
         if self.config.llm is not None and self.llama is not None:
-            entries.append(model_entry(self.config.llm.id, self.llama.context, self.created))
+            entry = model_entry(self.config.llm.id, self.llama.context, self.created)
+            entries.append(entry | {"tools": self.config.llm.tools})
         if self.config.embedding is not None and self.embedder is not None:
             entries.append(embedder_entry(self.config.embedding.id, self.embedder, self.created))
         return entries

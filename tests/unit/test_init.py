@@ -91,6 +91,19 @@ def test_what_is_written_is_what_was_said(tmp_path: Path) -> None:
         )
 
 
+def test_the_backend_is_for_a_model_here(tmp_path: Path) -> None:
+    nothing = {"version": None, "model": None, "base_url": None, "without_dify": False}
+    answers = init.answers(**nothing, model_url=None, backend="native")  # type: ignore[arg-type]
+    init.run(tmp_path / "d", answers, dict)
+    wanted = settings.load(tmp_path / "d/difyops.yaml").model
+    assert (wanted.backend, wanted.name) == ("native", "smollm2-135m")
+    with pytest.raises(UsageError, match=r"model\.backend: should be 'llamacpp', 'native'"):
+        init.run(tmp_path / "e", {"model": {"backend": "nativ"}}, dict)
+    nothing["model"] = "m"
+    with pytest.raises(UsageError, match="--backend is for a model here"):
+        init.answers(**nothing, model_url="http://h/v1", backend="native")  # type: ignore[arg-type]
+
+
 def test_taken_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

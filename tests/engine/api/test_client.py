@@ -255,6 +255,7 @@ def test_models(client: openai.OpenAI) -> None:
     assert model.to_dict() == client.models.retrieve(MODEL).to_dict()
     shown = model.to_dict()
     assert (shown["context_length"], shown["max_model_len"]) == (CONTEXT, CONTEXT)
+    assert shown["tools"] is True
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nope")
 

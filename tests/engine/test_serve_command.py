@@ -1,0 +1,193 @@
+"""`difyops serve` as a person runs it: a program with arguments, an exit code and a log."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from difyops import modelsource
+from difyops.bench import load, peers
+from difyops.engine.config import LlmConfig
+from difyops.engine.serve import open_llm
+from difyops.errors import UsageError
+from tests.engine import tiny
+from tests.serving.conftest import until
+
+KEY = "sk-serve-0123456789abcdef"
+
+
+class Serve:
+    """`difyops serve …` on a free port; its log is collected as it comes."""
+
+    def __init__(self, *arguments: str | Path, key: str | None = None) -> None:
+        environment = {k: v for k, v in os.environ.items() if k != "DIFYOPS_API_KEY"}
+        if key is not None:
+            environment["DIFYOPS_API_KEY"] = key
+        command = [sys.executable, "-m", "difyops", "serve", *map(str, arguments), "--threads", "1"]
+        if "--port" not in arguments:
+            command += ["--port", "0"]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env=environment,
+        )  # fmt: skip
+        self.log = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.log += line
+
+    def url(self) -> str:
+        def ready() -> bool:
+            assert self.process.poll() is None, self.log
+            return "ready after" in self.log
+
+        until(ready, 60, lambda: self.log)
+        found = re.search(r"listening on (http://\S+)", self.log)
+        assert found
+        return found[1]
+
+    def wait(self, seconds: float = 60) -> int:
+        code = self.process.wait(seconds)
+        self._reader.join(5)
+        return code
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Serve]]:
+    started: list[Serve] = []
+
+    def go(*arguments: str | Path, key: str | None = None) -> Serve:
+        started.append(Serve(*arguments, key=key))
+        return started[-1]
+
+    yield go
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.checkpoint(tmp_path_factory.mktemp("serve") / "tiny", context=512)
+
+
+def test_a_server_with_an_embedding_and_a_key(
+    serve: Callable[..., Serve], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cache = Path(os.environ.get("DIFYOPS_TEST_CACHE") or tmp_path_factory.mktemp("models"))
+    modelsource.fetch_model("minilm-l6", cache)
+    server = serve(
+        checkpoint, "--context", "300", "--embedding", "minilm-l6", "--cache", cache, key=KEY
+    )
+    with httpx.Client(base_url=server.url(), timeout=30) as http:
+        assert http.get("/v1/models").status_code == 401
+        http.headers["Authorization"] = f"Bearer {KEY}"
+        chat, embedding = http.get("/v1/models").json()["data"]
+        assert (chat["id"], chat["context_length"], chat["tools"]) == ("tiny", 300, False)
+        assert (embedding["id"], embedding["dimensions"]) == ("minilm-l6", 384)
+        assert "tools" not in embedding
+        messages = [{"role": "user", "content": "Hello."}]
+        asked = {"model": "tiny", "messages": messages, "max_tokens": 5}
+        answer = http.post("/v1/chat/completions", json=asked)
+        assert answer.json()["usage"]["completion_tokens"] <= 5
+        asked = {"model": "minilm-l6", "input": "A cat."}
+        assert len(http.post("/v1/embeddings", json=asked).json()["data"][0]["embedding"]) == 384
+    assert KEY not in " ".join(psutil.Process(server.process.pid).cmdline())
+    server.process.send_signal(signal.SIGINT)
+    assert server.wait(10) == 0, server.log
+    assert KEY not in server.log
+    assert "Traceback" not in server.log
+    assert "WARNING" not in server.log
+
+
+def test_an_unknown_model_names_what_is_near(serve: Callable[..., Serve]) -> None:
+    server = serve("smolm2-135m", "--host", "0.0.0.0")  # noqa: S104
+    absent = serve("./no/such/model", "--host", "localhost")
+    assert server.wait() == 2
+    assert "no model 'smolm2-135m'" in server.log
+    assert "did you mean smollm2-135m?" in server.log
+    assert "WARNING 0.0.0.0 without an API key" in server.log
+    assert absent.wait() == 3
+    assert "no/such/model: no such file or directory" in absent.log
+    assert "WARNING" not in absent.log
+
+
+@pytest.mark.parametrize(("form", "damage"), [("gguf", "truncated"), ("safetensors", "corrupt")])
+def test_a_damaged_file_is_exit_3_and_named(
+    form: str, damage: str, serve: Callable[..., Serve], checkpoint: Path, smol: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    if form == "gguf":
+        bad = model = tmp_path / "bad.gguf"
+        shutil.copyfile(smol, bad)
+    else:
+        model = tmp_path / "bad"
+        shutil.copytree(checkpoint, model)
+        (bad,) = model.glob("*.safetensors")
+    if damage == "truncated":
+        os.truncate(bad, bad.stat().st_size * 2 // 3)
+    else:
+        with bad.open("r+b") as file:
+            file.write(b"\xff" * 64)
+    server = serve(model)
+    assert server.wait() == 3, server.log
+    (wrong,) = [line for line in server.log.splitlines() if "ERROR" in line]
+    assert bad.name in wrong
+    assert "Traceback" not in server.log
+
+
+def test_a_taken_port_is_exit_3(serve: Callable[..., Serve], checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        server = serve(checkpoint, "--port", port)
+        assert server.wait() == 3
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in server.log
+
+
+def test_a_context_beyond_the_model_s_is_refused(checkpoint: Path) -> None:
+    wanted = LlmConfig(id="tiny", model=str(checkpoint), context=513, device="cpu", threads=1)
+    with pytest.raises(UsageError, match="context: 513 tokens were asked for, and tiny has 512"):
+        open_llm(wanted)
+
+
+def test_bench_starts_it_and_peers_load_the_same(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFYOPS_API_KEY", "somebody-else-s")
+    with peers.native(str(checkpoint), threads=1) as target:
+        (sample,) = target.measure([load.prompt(load.FEWEST_WORDS, 1)], streams=1, tokens=4).samples
+    assert (target.name, sample.tokens) == ("native", 4)
+    (tmp_path / "link").symlink_to(checkpoint)
+    monkeypatch.chdir(tmp_path)
+    assert peers.weights_of("./link", print) == tmp_path / "link"
+
+
+def test_ctrl_c_while_loading_is_an_end_like_any_other(
+    serve: Callable[..., Serve], checkpoint: Path
+) -> None:
+    server = serve(checkpoint)
+    until(lambda: "listening" in server.log, 20, lambda: server.log)
+    server.process.send_signal(signal.SIGINT)
+    assert server.wait(10) == 0, server.log
+    assert "Traceback" not in server.log
