@@ -39,13 +39,13 @@ class Target(Protocol):
 
 
 @contextmanager
-def native(model: str, threads: int) -> Iterator[Target]:
-    """`difyops serve MODEL` on a free port."""
+def native(model: str, threads: int, slots: int) -> Iterator[Target]:
+    """`difyops serve MODEL` on a free port, with a slot for each stream."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     key = Secret(secrets.token_urlsafe(32))
     command = [sys.executable, "-m", "difyops", "serve", model, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--threads", str(threads)]
+    command += ["--port", str(port), "--threads", str(threads), "--slots", str(slots)]
     with _process(command, {"DIFYOPS_API_KEY": key.reveal()}) as (child, log):
         _healthy(f"http://127.0.0.1:{port}/health", child, log)
         yield _ending_late("native", key, f"http://127.0.0.1:{port}/v1")

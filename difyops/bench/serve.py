@@ -159,7 +159,7 @@ def _servers(
 ) -> Iterator[tuple[str, AbstractContextManager[Target]]]:
     """Those that serve every number of streams with one start."""
     if wanted.model:
-        yield "native", peers.native(wanted.model, wanted.threads)
+        yield "native", peers.native(wanted.model, wanted.threads, max(wanted.streams))
     for url in wanted.urls:
         yield url, peers.running(url, wanted.key)
     if weights and "transformers" in wanted.peers:
