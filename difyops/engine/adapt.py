@@ -54,6 +54,12 @@ class Adaptive:
             return min(range(self.most + 1), key=lambda k: self._seen[group, k])
         return self.best(batch)
 
+    def settled(self, batch: int) -> int | None:
+        """The best number of guesses; None while not all have been tried."""
+        group = batch.bit_length()
+        tried = all(self._seen.get((group, k), 0) >= 2 for k in range(self.most + 1))
+        return self.best(batch) if tried else None
+
     def best(self, batch: int) -> int:
         """By what was measured so far; fewer guesses where it makes no difference."""
         group = batch.bit_length()

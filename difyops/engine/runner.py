@@ -59,6 +59,7 @@ class Stats:
     state_bytes: int
     counters: Counters
     prefix: Usage | None  # None: no prefix cache
+    guesses: int  # of the last pass, for each sequence
 
 
 def joined(before: Output | None, after: Output) -> Output:
@@ -98,6 +99,8 @@ class Engine:
         self.context = context
         self.drafter = drafter
         self._adaptive = Adaptive(drafter.most) if drafter is not None else None
+        self._last_guesses = 0
+        self._pays: dict[int, bool] = {}  # by size of batch, as Adaptive groups them
         window = 1 + (drafter.most if drafter is not None else 0)
         self.pool = StatePool(
             model.state_specs(),
@@ -172,6 +175,7 @@ class Engine:
                 state_bytes=self.pool.bytes,
                 counters=copy.deepcopy(self._counters),
                 prefix=copy.copy(self.cache.usage) if self.cache is not None else None,
+                guesses=self._last_guesses,
             )
 
     @torch.inference_mode()
@@ -318,7 +322,16 @@ class Engine:
         return taken
 
     def _guesses(self, batch: int) -> int:
-        return self._adaptive.choose(batch) if self._adaptive is not None else 0
+        """How many tokens to guess now; says in the log when it stops or begins to pay."""
+        if self._adaptive is None or self.drafter is None:
+            return 0
+        settled = self._adaptive.settled(batch)
+        if settled is not None and bool(settled) != self._pays.get(batch.bit_length()):
+            self._pays[batch.bit_length()] = bool(settled)
+            which = f"{settled} tokens" if settled else "off, it does not pay"
+            log.info("speculation by %s with %d running: %s", self.drafter.name, batch, which)
+        self._last_guesses = self._adaptive.choose(batch)
+        return self._last_guesses
 
     def _drafter_reads(self, tokens: Tensor, hidden: Tensor, slots: Tensor, cu: Tensor) -> None:
         if self.drafter is not None:
