@@ -175,7 +175,7 @@ def test_bench_starts_it_and_peers_load_the_same(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DIFYOPS_API_KEY", "somebody-else-s")
-    with peers.native(str(checkpoint), threads=1) as target:
+    with peers.native(str(checkpoint), threads=1, slots=2) as target:
         (sample,) = target.measure([load.prompt(load.FEWEST_WORDS, 1)], streams=1, tokens=4).samples
     assert (target.name, sample.tokens) == ("native", 4)
     (tmp_path / "link").symlink_to(checkpoint)
