@@ -137,7 +137,7 @@ def kind(request: pytest.FixtureRequest) -> Iterator[tuple[Decoder, Said]]:
     """A model and what it says without any of it."""
     model = made(request.param)
     plain = running(model)
-    wanted = prompts(30)
+    wanted = prompts(20)
     said = answers(plain, asked(wanted))
     ended(plain)
     return model, dict(zip(wanted, said, strict=True))
@@ -202,7 +202,7 @@ def drafting(name: str) -> tuple[Decoder, Drafter]:
 def test_every_drafter_changes_no_token(name: str, sampling: dict[str, Any]) -> None:
     """Not in sampling either: the tokens are the same, and so is their distribution."""
     model, drafter = drafting(name)
-    wanted = prompts(25, seed=2)
+    wanted = prompts(12, seed=2)
     plain = running(model)
     engine = running(model, drafter, prefix_bytes=10**9)
     said = answers(plain, asked(wanted, **sampling))
