@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from difyops.errors import UsageError
 
 log = logging.getLogger("difyops.engine")
 
@@ -65,6 +68,22 @@ def serve(
     max_waiting: Annotated[
         int | None, typer.Option(min=0, help="Requests that may wait; then 429.")
     ] = None,
+    speculate: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|off|mtp|medusa|ngram|draft:MODEL",
+            help="What guesses tokens ahead; it changes the speed and never a token. auto: what "
+            "the checkpoint brings, else ngram.",
+        ),
+    ] = "auto",
+    prefix_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES|off",
+            help="For the states of prompts that begin alike (512MiB, 2GB, …); without it: an "
+            "eighth of the free memory.",
+        ),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
     threads: Annotated[
@@ -89,11 +108,25 @@ def serve(
             "id": name, "context": context, "slots": slots, "pages": pages,
             "prefill_tokens": prefill_tokens, "max_waiting": max_waiting, "dtype": dtype.value,
             "device": device, "threads": threads, "cache": cache, "sampling": _sampling(model),
+            "speculate": speculate,
+            "prefix_cache": _bytes(prefix_cache) if prefix_cache is not None else None,
         },
         embedding=_embedding(embedding, cache or default_cache()) if embedding else None,
     )  # fmt: skip
     if code := run(wanted):
         raise typer.Exit(code)
+
+
+def _bytes(text: str) -> int:
+    """`off`, or a number of bytes with or without a unit. Raises UsageError."""
+    if text == "off":
+        return 0
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kMGT])(i?)B?|B)?", text)
+    if found is None:
+        raise UsageError(f"--prefix-cache: {text!r} is no size", "off, or such as 512MiB or 2GB")
+    number, unit, binary = found.groups()
+    power = "kMGT".index(unit) + 1 if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def _sampling(model: str) -> dict[str, float] | None:

@@ -194,12 +194,13 @@ class TextChoice:
         return new
 
 
-def usage(prompt_tokens: int, choices: Sequence[Choice]) -> Json:
+def usage(prompt_tokens: int, cached_tokens: int, choices: Sequence[Choice]) -> Json:
     completion = sum(choice.tokens for choice in choices)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

@@ -76,6 +76,11 @@ class Job:
     choices: Sequence[Choice]
     prompt_tokens: int
 
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens whose state was kept from before, over the distinct prompts."""
+        return sum({tuple(r.prompt): r.reused for r in self.requests}.values())
+
 
 def chat_job(llm: Llm, asked: ChatRequest) -> Job:
     """Raises ApiError (400) naming the field that cannot be honoured."""

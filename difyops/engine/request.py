@@ -133,6 +133,8 @@ class Request:
 
     tokens: list[int] = field(init=False)
     computed: int = field(default=0, init=False)
+    #: Tokens of the prompt whose state was there already.
+    reused: int = field(default=0, init=False)
     slot: int | None = field(default=None, init=False)
     cancelled: bool = field(default=False, init=False)
     finish: FinishReason | None = field(default=None, init=False)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from difyops.engine import sample
+from difyops.engine.adapt import Adaptive
 from difyops.engine.models.decoder import Decoder
+from difyops.engine.prefix import PrefixCache, Usage
 from difyops.engine.request import EngineStopped, FinishReason, Output, Request, TokenLogprob
-from difyops.engine.scheduler import Batch, Limits, Scheduler
+from difyops.engine.scheduler import Batch, Limits, Scheduler, Span
 from difyops.engine.slots import IntegrityError
-from difyops.engine.state import StatePool
+from difyops.engine.speculate import Drafter, Read, packed, windows
+from difyops.engine.state import Snapshot, StatePool
 
 log = logging.getLogger("difyops.engine")
 
@@ -34,6 +38,9 @@ class Counters:
     finished: dict[FinishReason, int] = field(
         default_factory=lambda: dict.fromkeys(FinishReason, 0)
     )
+    #: By place behind the last token: guesses made, and those that came true.
+    drafted: dict[int, int] = field(default_factory=dict)
+    accepted: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,28 @@ class Stats:
     token_bytes: int
     state_bytes: int
     counters: Counters
+    prefix: Usage | None  # None: no prefix cache
+    guesses: int  # of the last pass, for each sequence
+
+
+def joined(before: Output | None, after: Output) -> Output:
+    """Two outputs of one request, the second right behind the first, as one."""
+    if before is None:
+        return after
+    return replace(
+        after,
+        text=before.text + after.text,
+        tokens=before.tokens + after.tokens,
+        logprobs=before.logprobs + after.logprobs,
+    )
 
 
 class Engine:
     """A model with its slots, its queue and its thread.
 
     `slots` sequences run at a time, each of at most `context` tokens. `pages` bounds the keys and
-    values of softmax layers over all sequences; without it every slot can be full.
+    values of softmax layers over all sequences; without it every slot can be full. `drafter`
+    guesses ahead, as far as it pays. `prefix_bytes` of state are kept for prompts that begin alike.
     """
 
     def __init__(
@@ -69,20 +91,39 @@ class Engine:
         pages: int | None = None,
         prefill_tokens: int = 512,
         max_waiting: int = 256,
+        drafter: Drafter | None = None,
+        prefix_bytes: int = 0,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.device = model.embed.weight.device
         self.context = context
+        self.drafter = drafter
+        self._adaptive = Adaptive(drafter.most) if drafter is not None else None
+        self._last_guesses = 0
+        self._pays: dict[int, bool] = {}  # by size of batch, as Adaptive groups them
+        window = 1 + (drafter.most if drafter is not None else 0)
         self.pool = StatePool(
-            model.state_specs(), slots=slots, context=context, pages=pages, device=self.device
+            model.state_specs(),
+            drafting=drafter.state_specs() if drafter is not None else (),
+            slots=slots,
+            context=context,
+            window=window,
+            pages=pages,
+            device=self.device,
+        )
+        self.cache: PrefixCache[Snapshot] | None = (
+            PrefixCache(prefix_bytes, self.pool.drop) if prefix_bytes else None
         )
         self._scheduler = Scheduler(
-            self.pool.table, Limits(context, prefill_tokens=prefill_tokens, max_waiting=max_waiting)
+            self.pool.table,
+            Limits(context, prefill_tokens, max_waiting, window),
+            self._resume,
+            self._reclaim,
         )
         self._deliver: dict[Request, Deliver] = {}
         self._counters = Counters()
         #: Guards the scheduler; never held while the model runs.
-        self._turn = threading.Condition()
+        self._turn = threading.Condition(threading.RLock())
         self._stopping = False
         #: Why the engine ended by itself; None while it has not.
         self.failure: str | None = None
@@ -132,9 +173,9 @@ class Engine:
                 slot_bytes=self.pool.slot_bytes,
                 token_bytes=self.pool.token_bytes,
                 state_bytes=self.pool.bytes,
-                counters=Counters(
-                    **{**vars(self._counters), "finished": dict(self._counters.finished)}
-                ),
+                counters=copy.deepcopy(self._counters),
+                prefix=copy.copy(self.cache.usage) if self.cache is not None else None,
+                guesses=self._last_guesses,
             )
 
     @torch.inference_mode()
@@ -155,14 +196,14 @@ class Engine:
         try:
             while (batch := self._next()) is not None:
                 try:
-                    choices = self._run(batch)
+                    outputs = self._run(batch)
                 except IntegrityError:
                     raise
                 except Exception as error:
                     log.exception("a step failed")
                     self._fail(batch, f"the model failed: {type(error).__name__}")
                 else:
-                    self._hand_out(batch, choices)
+                    self._hand_out(batch, outputs)
         except Exception as error:
             log.exception("the engine ends")
             self.failure = f"{type(error).__name__}: {error}"
@@ -181,58 +222,180 @@ class Engine:
                 self._turn.wait()
             return None
 
-    def _run(self, batch: Batch) -> list[tuple[Request, TokenLogprob | None]]:
-        """The model over the batch, and the tokens chosen after it."""
-        hidden, requests = [], []
+    def _run(self, batch: Batch) -> dict[Request, Output]:
+        """The model over the batch, and what it adds to each request whose token was due."""
+        outputs: dict[Request, Output] = {}
         if batch.prefill:
-            hidden.append(self._prefill(batch))
-            requests += [span.request for span in batch.prefill if span.last]
+            hidden = self._prefill(batch.prefill)
+            done = [span.request for span in batch.prefill if span.last]
+            self._judge(done, self.model.logits(hidden)[:, None], [[]] * len(done), outputs)
         if batch.decode:
-            tokens = self._tensor([request.tokens[-1] for request in batch.decode])
-            hidden.append(self.model.step(tokens, self.pool, self._slots(batch.decode)))
-            requests += batch.decode
-        self._scheduler.computed(batch)
-        if not requests:
-            return []
-        logits = self.model.logits(torch.cat(hidden))
-        return list(zip(requests, sample.choose(logits, requests), strict=True))
+            began, k = time.monotonic(), self._guesses(len(batch.decode))
+            if k:
+                self._speculate(batch.decode, k, outputs)
+            else:
+                self._step(batch.decode, outputs)
+            if self._adaptive is not None:
+                self._adaptive.took(len(batch.decode), k, time.monotonic() - began)
+        return outputs
 
-    def _prefill(self, batch: Batch) -> Tensor:
+    def _prefill(self, spans: Sequence[Span]) -> Tensor:
         """Hidden states behind the prompts that are read to their end: [R, width]."""
         tokens, bounds, last = [], [0], []
-        for span in batch.prefill:
+        for span in spans:
             tokens += span.request.tokens[span.start : span.stop]
             bounds.append(len(tokens))
             if span.last:
                 last.append(len(tokens) - 1)
-        slots = self._slots([span.request for span in batch.prefill])
-        hidden = self.model.prefill(self._tensor(tokens), self.pool, slots, self._tensor(bounds))
+        slots = self._slots([span.request for span in spans])
+        read = self._tensor(tokens), self._tensor(bounds)
+        hidden = self.model.prefill(read[0], self.pool, slots, read[1])
+        self._drafter_reads(read[0], hidden, slots, read[1])
+        for span in spans:
+            span.request.computed = span.stop
+            self._keep(span.request)
         return hidden[self._tensor(last)]
 
-    def _hand_out(
-        self, batch: Batch, choices: Sequence[tuple[Request, TokenLogprob | None]]
+    def _step(self, requests: Sequence[Request], outputs: dict[Request, Output]) -> None:
+        """One token each."""
+        slots = self._slots(requests)
+        tokens = self._tensor([request.tokens[-1] for request in requests])
+        hidden = self.model.step(tokens, self.pool, slots)
+        self._drafter_reads(tokens, hidden, slots, self._tensor(range(len(requests) + 1)))
+        for request in requests:
+            request.computed += 1
+        self._judge(requests, self.model.logits(hidden)[:, None], [[]] * len(requests), outputs)
+
+    def _speculate(
+        self, requests: Sequence[Request], k: int, outputs: dict[Request, Output]
     ) -> None:
-        now = time.monotonic()
+        """One token each, and of `k` guesses behind it those that come true."""
+        if self.drafter is None:
+            raise ValueError("nothing drafts")
+        slots = self._slots(requests)
+        drafts = self.drafter.draft(requests, slots, self.pool, k)
+        window = windows(requests, drafts)
+        hidden = self.model.verify(window, self.pool, slots)
+        guesses = drafts.tolist()
+        taken = self._judge(requests, self.model.logits(hidden), guesses, outputs)
+        accepted = self._tensor(taken)
+        self.model.commit(self.pool, slots, accepted)
+        bounds = torch.cat((accepted.new_zeros(1), accepted.cumsum(0)))
+        self._drafter_reads(packed(window, accepted), packed(hidden, accepted), slots, bounds)
+        for request, guessed, count in zip(requests, guesses, taken, strict=True):
+            request.computed += count
+            # Guesses behind the end of an answer were neither right nor wrong.
+            self._learn(guessed, count - 1, count if outputs[request].finish is None else count - 1)
+
+    def _judge(
+        self,
+        requests: Sequence[Request],
+        logits: Tensor,
+        guesses: Sequence[Sequence[int]],
+        outputs: dict[Request, Output],
+    ) -> list[int]:
+        """Choose tokens along each row of logits [B, K, V] for as long as the guesses come true.
+
+        Answers how many places of each row count: the tokens at them are in the sequence now.
+        Every place is chosen after the tokens before it were taken in, so that a grammar's mask
+        and penalties are those of plain decoding.
+        """
+        taken, going = [0] * len(requests), list(range(len(requests)))
+        for place in range(logits.shape[1]):
+            now = time.monotonic()
+            choices = sample.choose(logits[going, place], [requests[i] for i in going])
+            still = []
+            for i, choice in zip(going, choices, strict=True):
+                request, taken[i] = requests[i], place + 1
+                output = outputs[request] = joined(
+                    outputs.get(request), self._accept(request, choice, now)
+                )
+                if (
+                    output.finish is None
+                    and choice
+                    and choice.token in guesses[i][place : place + 1]
+                ):
+                    still.append(i)
+            if not still:
+                break
+            going = still
+        return taken
+
+    def _guesses(self, batch: int) -> int:
+        """How many tokens to guess now; says in the log when it stops or begins to pay."""
+        if self._adaptive is None or self.drafter is None:
+            return 0
+        settled = self._adaptive.settled(batch)
+        if settled is not None and bool(settled) != self._pays.get(batch.bit_length()):
+            self._pays[batch.bit_length()] = bool(settled)
+            which = f"{settled} tokens" if settled else "off, it does not pay"
+            log.info("speculation by %s with %d running: %s", self.drafter.name, batch, which)
+        self._last_guesses = self._adaptive.choose(batch)
+        return self._last_guesses
+
+    def _drafter_reads(self, tokens: Tensor, hidden: Tensor, slots: Tensor, cu: Tensor) -> None:
+        if self.drafter is not None:
+            self.drafter.read(Read(tokens, hidden, slots, cu), self.pool)
+
+    def _learn(self, guessed: Sequence[int], hits: int, judged: int) -> None:
+        """Count guesses that came true among the first `judged` ones."""
+        tried = min(judged, sum(guess >= 0 for guess in guessed))
+        counts = self._counters
+        for place in range(tried):
+            counts.drafted[place] = counts.drafted.get(place, 0) + 1
+            counts.accepted[place] = counts.accepted.get(place, 0) + (place < hits)
+        if self._adaptive is not None:
+            self._adaptive.came_true(hits, min(judged, len(guessed)))
+
+    def _resume(self, request: Request) -> int:
+        """Put the longest kept beginning of the request into its new slot. The turn is held."""
+        found = self.cache.find(request.tokens) if self.cache is not None else None
+        if found is None or request.slot is None:
+            return 0
+        try:
+            self.pool.restore(request.slot, found)
+        except MemoryError:
+            return 0
+        request.reused = max(request.reused, min(found.length, len(request.prompt)))
+        return found.length
+
+    def _reclaim(self) -> bool:
+        return self.cache is not None and self.cache.evict()
+
+    def _keep(self, request: Request) -> None:
+        """Keep the state of the request as it is now, for whoever begins alike."""
+        if self.cache is None or request.slot is None or not request.computed:
+            return
+        tokens = request.tokens[: request.computed]
+        with self._turn:
+            if not self.cache.has(tokens):
+                snapshot = self.pool.snapshot(request.slot)
+                self.cache.keep(tokens, snapshot, self.pool.snapshot_bytes(snapshot))
+
+    def _hand_out(self, batch: Batch, outputs: Mapping[Request, Output]) -> None:
         with self._turn:
             self._counters.steps += 1
             self._counters.prompt_tokens += sum(s.stop - s.start for s in batch.prefill)
-            for request, choice in choices:
+            for request, output in outputs.items():
                 if request.cancelled:  # it left while the model ran
                     continue
-                try:
-                    output = self._accept(request, choice, now)
-                except Exception as error:
-                    log.exception("request %d failed", request.number)
-                    output = Output(finish=FinishReason.ERROR, error=f"the engine failed: {error}")
-                if output.finish is not None:
-                    self._finish(request, output)
-                else:
+                if output.finish is None:
                     self._deliver[request](output)
+                else:
+                    self._keep(request)
+                    self._finish(request, output)
 
     def _accept(self, request: Request, choice: TokenLogprob | None, now: float) -> Output:
         """Take a token in: what it adds to the text, and whether it is the last."""
         if choice is None:
             return Output(finish=FinishReason.ERROR, error="the model's scores are not numbers")
+        try:
+            return self._taken_in(request, choice, now)
+        except Exception as error:
+            log.exception("request %d failed", request.number)
+            return Output(finish=FinishReason.ERROR, error=f"the engine failed: {error}")
+
+    def _taken_in(self, request: Request, choice: TokenLogprob, now: float) -> Output:
         token, params = choice.token, request.sampling
         self._counters.generated_tokens += 1
         request.first_token_at = request.first_token_at or now

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from difyops.engine.request import FinishReason, QueueFull, Request
@@ -56,9 +56,19 @@ class Scheduler:
     """Oldest first in everything: an older request may take the pages of a younger one, so the
     oldest always gets on, and every other becomes the oldest in time."""
 
-    def __init__(self, table: SlotTable, limits: Limits) -> None:
+    def __init__(
+        self,
+        table: SlotTable,
+        limits: Limits,
+        resume: Callable[[Request], int] = lambda request: 0,
+        reclaim: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`resume` may put a kept state into a new request's slot, and says how many tokens it
+        holds. `reclaim` gives back pages that nobody runs on; False when there are none."""
         self.table = table
         self.limits = limits
+        self._resume = resume
+        self._reclaim = reclaim
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # by age
         self.preemptions = 0
@@ -98,13 +108,6 @@ class Scheduler:
             tuple(request for request in decode if request.slot is not None),
         )
 
-    def computed(self, batch: Batch) -> None:
-        """The model has run: what the batch named is in the state now."""
-        for span in batch.prefill:
-            span.request.computed = span.stop
-        for request in batch.decode:
-            request.computed += 1
-
     def finish(self, request: Request, reason: FinishReason) -> None:
         """The request has ended; its slot is free at once."""
         request.finish = reason
@@ -126,10 +129,11 @@ class Scheduler:
         while self.waiting and self.table.free_slots:
             # A request begins when what it reads first fits beside what runs already.
             first = min(self.waiting[0].pending, self.limits.prefill_tokens)
-            if self.table.needed(first + self.limits.window) > self.table.free_pages:
+            if not self._has_free(self.table.needed(first + self.limits.window)):
                 break
             request = self.waiting.popleft()
             request.slot = self.table.acquire()
+            request.computed = self._resume(request)
             bisect.insort(self.running, request, key=lambda r: r.number)
 
     def _grow(self, request: Request, tokens: int) -> bool:
@@ -137,10 +141,18 @@ class Scheduler:
         if request.slot is None:
             return False
         while not self.table.grow(request.slot, tokens):
+            if self._reclaim():
+                continue
             youngest = self.running[-1]
             if youngest is request:
                 return False
             self._preempt(youngest)
+        return True
+
+    def _has_free(self, pages: int) -> bool:
+        while pages > self.table.free_pages:
+            if not self._reclaim():
+                return False
         return True
 
     def _preempt(self, request: Request) -> None:

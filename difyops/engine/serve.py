@@ -14,24 +14,20 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
-from difyops.engine.config import EngineConfig, LlmConfig
+from difyops.engine.config import EngineConfig
 from difyops.errors import (
     EXIT_CANNOT_START,
     EXIT_FAILED,
     EXIT_USAGE,
     DifyopsError,
-    PrerequisiteError,
     UsageError,
 )
 from difyops.serving import process
 
 if TYPE_CHECKING:
-    from difyops.engine.intake import Llm
-    from difyops.engine.models.decoder import Decoder
     from difyops.engine.runner import Stats
     from difyops.engine.service import Service
 
@@ -145,75 +141,10 @@ def load(service: Service) -> None:
             embedding.model, embedding.tokenizer, embedding.max_tokens, embedding.threads
         )
     if config.llm is not None:
+        from difyops.engine.opening import open_llm
+
         service.llm = open_llm(config.llm)
         service.metrics.watch(service.llm.engine)
-
-
-def open_llm(config: LlmConfig) -> Llm:
-    """A loaded model whose engine runs and is warm. Raises DifyopsError."""
-    import torch
-
-    from difyops.engine import load as checkpoints
-    from difyops.engine.chat import ChatTemplate
-    from difyops.engine.grammar import Grammars
-    from difyops.engine.intake import Llm
-    from difyops.engine.runner import Engine
-    from difyops.engine.sources import default_cache, resolve
-
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(config.threads or process.default_threads())
-    path = resolve(config.model, config.cache or default_cache(), log.info)
-    loaded = checkpoints.load(path, dtype=config.dtype, device=device)
-    words = loaded.tokenizer
-    context = config.context or loaded.context
-    if context > loaded.context:
-        raise UsageError(
-            f"context: {context} tokens were asked for, and {config.id} has {loaded.context}",
-            f"ask for {loaded.context} or less, or leave it out",
-        )
-    try:
-        template = None
-        if words.chat_template is not None:
-            template = ChatTemplate(words.chat_template, words.special)
-        grammars = None
-        if words.stop_ids:
-            grammars = Grammars(words.backend, loaded.model.shape.vocabulary, words.stop_ids)
-        engine = Engine(
-            loaded.model,
-            slots=config.slots,
-            context=context,
-            pages=config.pages or default_pages(loaded.model, config.slots, context),
-            prefill_tokens=config.prefill_tokens,
-            max_waiting=config.max_waiting,
-        )
-        engine.warm_up()
-    except (ValueError, RuntimeError, MemoryError) as error:
-        raise PrerequisiteError(f"cannot serve {config.id} from {path}: {error}") from error
-    engine.start()
-    defaults = replace(loaded.sampling, **config.sampling.given())
-    return Llm(config.id, engine, words, template, grammars, defaults)
-
-
-def default_pages(model: Decoder, slots: int, context: int) -> int:
-    """Pages for every slot to be full, or as many as a quarter of the free memory holds.
-
-    Sequences rarely fill the context; when they do, the youngest waits. One always fits.
-    """
-    import psutil
-    import torch
-
-    from difyops.engine.state import PAGE_SIZE
-
-    each = PAGE_SIZE * sum(spec.token_bytes for spec in model.state_specs())
-    if each == 0:
-        return 0
-    device = model.embed.weight.device
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-    one = -(-(context + 1) // PAGE_SIZE)
-    return max(one, min(slots * one, free // 4 // each))
 
 
 async def _watch(service: Service) -> str:

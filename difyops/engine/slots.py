@@ -13,13 +13,15 @@ class IntegrityError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class Lease:
-    """Pages that a snapshot keeps. They hold the first `length` tokens of its sequence.
+    """Pages that a snapshot keeps. They hold the first `length` tokens of its sequence; what they
+    hold of the first `settled` never changes.
 
     Two leases of the same pages are two: each is given back once.
     """
 
     pages: tuple[int, ...]
     length: int
+    settled: int
 
 
 @dataclass
@@ -85,41 +87,40 @@ class SlotTable:
             self.moved.add(slot)
         return True
 
-    def lease(self, slot: int, length: int) -> Lease:
+    def lease(self, slot: int, length: int, settled: int | None = None) -> Lease:
         """Keep the pages of the slot's first `length` tokens, whatever becomes of the slot.
 
-        Only the last of them may be written again, and only behind `length`: positions below a
-        sequence's length never change.
+        They may be written again only behind `settled` tokens, which is `length` unless said.
         """
         pages = tuple(self._owned[slot][: self.needed(length)])
         for page in pages:
             self._references[page] += 1
-        return Lease(pages, length)
+        return Lease(pages, length, length if settled is None else settled)
 
     def end(self, lease: Lease) -> None:
         """Give a lease back."""
         for page in lease.pages:
             self._drop(page)
 
-    def adopt(self, slot: int, lease: Lease) -> tuple[int, int] | None:
+    def adopt(self, slot: int, lease: Lease) -> list[tuple[int, int]]:
         """Make the lease's tokens those of `slot`, in place of its own.
 
-        Full pages are shared. A last page that is not full is going to be written, so the slot gets
-        a page of its own: the answer is (from, to), to be copied, or None when there is nothing to
-        copy. Raises MemoryError without a page for it; the slot is then unchanged.
+        Pages of settled tokens alone are shared. Those that are going to be written the slot gets
+        anew: the answer is (from, to) of each, to be copied. Raises MemoryError without free pages
+        for them; the slot is then unchanged.
         """
-        partial = bool(lease.length % self.page_size) and bool(lease.pages)
-        if partial and not self._free_pages:
+        full = min(lease.settled // self.page_size, len(lease.pages))
+        shared, written = lease.pages[:full], lease.pages[full:]
+        if len(written) > len(self._free_pages):
             raise MemoryError("no free page")
-        shared = lease.pages[:-1] if partial else lease.pages
         for page in shared:
             self._references[page] += 1
-        copy = (lease.pages[-1], self._take()) if partial else None
+        copies = [(page, self._take()) for page in written]
         for page in self._owned[slot]:
             self._drop(page)
-        self._owned[slot] = [*shared, *([copy[1]] if copy else [])]
+        self._owned[slot] = [*shared, *(to for _, to in copies)]
         self.moved.add(slot)
-        return copy
+        return copies
 
     def pages_of(self, slot: int) -> Sequence[int]:
         return self._owned[slot]

@@ -105,12 +105,25 @@ class LayerState:
         return {name: tensor[slots, :length] for name, tensor in self.replay.items()}
 
 
+class Track:
+    """Layers whose lengths move together: the model's own, or those of what drafts for it."""
+
+    def __init__(self, layers: Sequence[LayerState], lengths: Tensor) -> None:
+        self.layers = tuple(layers)
+        self.lengths = lengths  # [slots + 1], int64
+
+    def advance(self, slots: Tensor, tokens: Tensor) -> None:
+        """Every layer has folded `tokens` ([B]) more tokens into `slots` ([B])."""
+        self.lengths.index_add_(0, slots, tokens)
+
+
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """A sequence's state at one point: enough to go on from there, in any slot."""
 
     tensors: tuple[Tensor, ...]  # one per state kind, [layers, …]
     lease: Lease
+    drafted: int  # tokens that what drafts had read
 
     @property
     def length(self) -> int:
@@ -125,8 +138,9 @@ class Snapshot:
 class StatePool:
     """The state of all layers for `slots` sequences of at most `context` tokens each.
 
-    `window` is the most tokens that one verify may be given. `pages` is shared by all sequences;
-    without it there are enough for every slot to be full.
+    `drafting` are the layers of what drafts for the model: they share its slots and pages, and
+    have lengths of their own. `window` is the most tokens that one verify may be given. `pages` is
+    shared by all sequences; without it there are enough for every slot to be full.
     """
 
     def __init__(
@@ -136,31 +150,32 @@ class StatePool:
         slots: int,
         context: int,
         window: int = 1,
+        drafting: Sequence[StateSpec] = (),
         page_size: int = PAGE_SIZE,
         pages: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.specs = tuple(specs)
         self.context = context
         self.window = window
         per_slot = -(-(context + window) // page_size)
-        paged = any(spec.token for spec in specs)
+        paged = any(spec.token for spec in (*specs, *drafting))
         if pages is None:
             pages = slots * per_slot
         self.table = SlotTable(slots, pages if paged else 0, page_size)
-        self._lengths = torch.zeros(slots + 1, dtype=torch.int64, device=device)
         self._page_rows = torch.zeros(slots + 1, per_slot, dtype=torch.int64, device=device)
         self._slot_tensors: list[tuple[TensorSpec, Tensor]] = []
         self._token_tensors: list[Tensor] = []
         self._replay_tensors: list[Tensor] = []
         self._leases: set[Lease] = set()
-        self.layers = self._allocate(slots, self.table.pages, device)
+        self.main = self._allocate(specs, device)
+        self.drafting = self._allocate(drafting, device)
 
-    def _allocate(self, slots: int, pages: int, device: torch.device | str) -> list[LayerState]:
-        layers: list[LayerState | None] = [None] * len(self.specs)
-        size = self.table.page_size
-        for kind in _distinct(self.specs):
-            members = [i for i, spec in enumerate(self.specs) if spec == kind]
+    def _allocate(self, specs: Sequence[StateSpec], device: torch.device | str) -> Track:
+        slots, pages, size = self.table.slots, self.table.pages, self.table.page_size
+        lengths = torch.zeros(slots + 1, dtype=torch.int64, device=device)
+        layers: list[LayerState | None] = [None] * len(specs)
+        for kind in _distinct(specs):
+            members = [i for i, spec in enumerate(specs) if spec == kind]
 
             def made(
                 specs: Mapping[str, TensorSpec], *lead: int, count: int = len(members)
@@ -181,16 +196,21 @@ class StatePool:
                     {name: tensor[place] for name, tensor in slot.items()},
                     {name: tensor[place] for name, tensor in token.items()},
                     {name: tensor[place] for name, tensor in replay.items()},
-                    self._lengths,
+                    lengths,
                     self._page_rows,
                     size,
                 )
-        return [layer for layer in layers if layer is not None]
+        return Track([layer for layer in layers if layer is not None], lengths)
+
+    @property
+    def layers(self) -> Sequence[LayerState]:
+        """The model's."""
+        return self.main.layers
 
     @property
     def lengths(self) -> Tensor:
         """Tokens in each slot's state, int64 [slots + 1]."""
-        return self._lengths
+        return self.main.lengths
 
     @property
     def slot_bytes(self) -> int:
@@ -214,7 +234,8 @@ class StatePool:
         for slot in self.table.fresh:
             for spec, tensor in self._slot_tensors:
                 tensor[:, slot] = spec.fill
-            self._lengths[slot] = 0
+            self.main.lengths[slot] = 0
+            self.drafting.lengths[slot] = 0
         for slot in self.table.moved:
             pages = self.table.pages_of(slot)
             row = torch.tensor(pages, dtype=torch.int64, device=self._page_rows.device)
@@ -224,32 +245,41 @@ class StatePool:
         self.table.moved.clear()
 
     def advance(self, slots: Tensor, tokens: Tensor) -> None:
-        """Every layer has folded `tokens` ([B]) more tokens into `slots` ([B])."""
-        self._lengths.index_add_(0, slots, tokens)
+        """The model's layers have folded `tokens` ([B]) more tokens into `slots` ([B])."""
+        self.main.advance(slots, tokens)
 
     def snapshot(self, slot: int) -> Snapshot:
         """The state of `slot` now. It keeps pages until it is dropped."""
         self.sync()
-        lease = self.table.lease(slot, int(self._lengths[slot]))
+        length, drafted = int(self.lengths[slot]), int(self.drafting.lengths[slot])
+        # What drafts has read less than the model, and writes its rows of the rest later.
+        settled = min(length, drafted) if self.drafting.layers else length
+        lease = self.table.lease(slot, length, settled)
         self._leases.add(lease)
-        return Snapshot(tuple(tensor[:, slot].clone() for _, tensor in self._slot_tensors), lease)
+        tensors = tuple(tensor[:, slot].clone() for _, tensor in self._slot_tensors)
+        return Snapshot(tensors, lease, drafted)
 
     def restore(self, slot: int, snapshot: Snapshot) -> None:
         """`slot` goes on from `snapshot`. Raises MemoryError when a page is needed and none is
         free, and KeyError when the snapshot was dropped; the slot is then unchanged."""
         if snapshot.lease not in self._leases:
             raise KeyError("the snapshot was dropped, and its pages may be another's")
-        copy = self.table.adopt(slot, snapshot.lease)
+        copies = self.table.adopt(slot, snapshot.lease)
         self.table.fresh.discard(slot)
         self.sync()
         for (_, tensor), saved in zip(self._slot_tensors, snapshot.tensors, strict=True):
             tensor[:, slot] = saved
-        self._lengths[slot] = snapshot.length
-        if copy is not None:
-            size = self.table.page_size
+        self.lengths[slot] = snapshot.length
+        self.drafting.lengths[slot] = snapshot.drafted
+        size = self.table.page_size
+        for copy in copies:
             source, target = (slice(page * size, (page + 1) * size) for page in copy)
             for tensor in self._token_tensors:
                 tensor[:, target] = tensor[:, source]
+
+    def snapshot_bytes(self, snapshot: Snapshot) -> int:
+        """What keeping it costs: its copy, and its pages as if nobody shared them."""
+        return snapshot.bytes + len(snapshot.lease.pages) * self.table.page_size * self.token_bytes
 
     def drop(self, snapshot: Snapshot) -> None:
         """Give the snapshot's pages back. Raises KeyError if that has happened before."""

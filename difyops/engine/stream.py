@@ -101,7 +101,7 @@ class Answer(Response):
         body = {
             **self._head,
             "choices": [choice.whole() for choice in self._job.choices],
-            "usage": usage(self._job.prompt_tokens, self._job.choices),
+            "usage": usage(self._job.prompt_tokens, self._job.cached_tokens, self._job.choices),
         }
         await JSONResponse(body)(scope, receive, send)
 
@@ -121,7 +121,7 @@ class Answer(Response):
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         last = b"data: [DONE]\n\n"
         if self._asked.usage_in_stream:
-            used = _json(usage(self._job.prompt_tokens, self._job.choices))
+            used = _json(usage(self._job.prompt_tokens, self._job.cached_tokens, self._job.choices))
             last = b'data: %b,"choices":[],"usage":%b}\n\n' % (head, used) + last
         await send({"type": "http.response.body", "body": last})
 

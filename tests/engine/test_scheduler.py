@@ -37,7 +37,10 @@ def make(
 
 def run(scheduler: Scheduler, batch: Batch) -> None:
     """What the runner does, without a model: every sampled token is 0."""
-    scheduler.computed(batch)
+    for span in batch.prefill:
+        span.request.computed = span.stop
+    for r in batch.decode:
+        r.computed += 1
     sampled = [span.request for span in batch.prefill if span.last] + list(batch.decode)
     for r in sampled:
         r.tokens.append(0)

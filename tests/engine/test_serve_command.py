@@ -20,7 +20,7 @@ import pytest
 from difyops import modelsource
 from difyops.bench import load, peers
 from difyops.engine.config import LlmConfig
-from difyops.engine.serve import open_llm
+from difyops.engine.opening import open_llm
 from difyops.errors import UsageError
 from tests.engine import tiny
 from tests.serving.conftest import until

@@ -25,6 +25,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     "norm": {"heads": 3, "head_dim": 6, "value_dim": 5, "rotary_dim": 4},
     "diag": {"heads": 3, "head_dim": 6, "value_dim": 5, "rotary_dim": 4},
     "retention": {"heads": 3, "head_dim": 6, "value_dim": 10, "rotary_dim": 6},
+    "gated_delta": {"key_heads": 2, "value_heads": 4, "key_dim": 6, "value_dim": 5},
+    "mamba2": {"heads": 4, "head_dim": 6, "groups": 2, "state_dim": 5},
 }
 #: Several layers of one mixer each, and two that are mixed.
 PATTERNS: dict[str, list[dict[str, Any]]] = {

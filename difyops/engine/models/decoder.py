@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from difyops.engine.layers import wide
 from difyops.engine.mixers.base import Mixer
-from difyops.engine.state import LayerState, StatePool, StateSpec
+from difyops.engine.state import LayerState, StatePool, StateSpec, Track
 
+#: Where a model's state lies: the pool's main track, or the one of what drafts.
+States = StatePool | Track
 #: How one layer's mixer is run: (mixer, its normed input, its state) -> its output.
 Run = Callable[[Mixer, Tensor, LayerState], Tensor]
 
@@ -85,7 +87,7 @@ class Decoder(nn.Module):
         """One per layer."""
         return [block.mixer.state_spec() for block in self.blocks]
 
-    def prefill(self, tokens: Tensor, pool: StatePool, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def prefill(self, tokens: Tensor, pool: States, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Packed tokens [N] of the sequences in `slots` [B] -> hidden states [N, width]."""
         hidden = self._through(
             tokens, pool, lambda mixer, x, state: mixer.prefill(x, state, slots, cu_seqlens)
@@ -93,18 +95,18 @@ class Decoder(nn.Module):
         pool.advance(slots, cu_seqlens.diff())
         return hidden
 
-    def step(self, tokens: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, pool: States, slots: Tensor) -> Tensor:
         """One token each, [B] -> hidden states [B, width]."""
         hidden = self._through(tokens, pool, lambda mixer, x, state: mixer.step(x, state, slots))
         # The null slot stays empty, however often it pads a batch.
         pool.advance(slots, (slots > 0).to(slots.dtype))
         return hidden
 
-    def verify(self, tokens: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
+    def verify(self, tokens: Tensor, pool: States, slots: Tensor) -> Tensor:
         """K tokens each, [B, K] -> hidden states [B, K, width]; the state stays as it is."""
         return self._through(tokens, pool, lambda mixer, x, state: mixer.verify(x, state, slots))
 
-    def commit(self, pool: StatePool, slots: Tensor, accepted: Tensor) -> None:
+    def commit(self, pool: States, slots: Tensor, accepted: Tensor) -> None:
         """Keep the first `accepted` ([B], 0..K) tokens of the last verify."""
         for block, state in zip(self.blocks, pool.layers, strict=True):
             block.mixer.commit(state, slots, accepted)
@@ -115,7 +117,7 @@ class Decoder(nn.Module):
         scores: Tensor = self.head(hidden)
         return scores
 
-    def _through(self, tokens: Tensor, pool: StatePool, run: Run) -> Tensor:
+    def _through(self, tokens: Tensor, pool: States, run: Run) -> Tensor:
         x = self.embed(tokens)
         if self.wide_residual:
             x = x.to(wide(x.dtype))

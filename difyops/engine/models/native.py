@@ -7,7 +7,8 @@ config.json, here TransNormer (arXiv:2210.10340) with 12 layers:
      "pattern": [{"mixer": "diag", "repeat": 6, "heads": 6, "head_dim": 64},
                  {"mixer": "norm", "repeat": 6, "heads": 6, "head_dim": 64}]}
 
-Beside `mixer` and `repeat`, an entry has the mixer's options.
+Beside `mixer` and `repeat`, an entry has the mixer's options. `mtp` is such a pattern for the
+blocks of a multi-token prediction module, `medusa` the number of Medusa heads.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from difyops.engine.layers import GatedMLP, RMSNorm
 from difyops.engine.mixers import REGISTRY
 from difyops.engine.mixers.base import Options, options_from
 from difyops.engine.models import Family
 from difyops.engine.models.decoder import Block, Decoder, Shape
+from difyops.engine.models.mtp import MedusaHead, MultiTokenPrediction
 from difyops.errors import UsageError
 from difyops.files import sync_dir, write_atomic
 
@@ -46,20 +48,33 @@ class NativeConfig(BaseModel):
     norm_eps: float = Field(1e-6, gt=0)
     tied: bool = True
     pattern: list[dict[str, Any]] = Field(min_length=1)
+    mtp: list[dict[str, Any]] = Field(default_factory=list)
+    medusa: int = Field(0, ge=0, le=16)
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     eos_token_id: int | list[int] | None = None
 
 
 def build(config: Mapping[str, Any]) -> Decoder:
     """The module, with fresh weights. Raises UsageError naming the key that is wrong."""
-    c, layers = _checked(config)
-    blocks = []
-    for kind, options in layers:
-        mlp = (RMSNorm(c.width, c.norm_eps), GatedMLP(c.width, c.mlp_hidden))
-        mixer = REGISTRY[kind](c.width, options)
-        blocks.append(Block(RMSNorm(c.width, c.norm_eps), mixer, *(mlp if c.mlp_hidden else ())))
+    c = _checked(config)
+
+    def norm() -> RMSNorm:
+        return RMSNorm(c.width, c.norm_eps)
+
+    def blocks(key: str) -> list[Block]:
+        made = []
+        for kind, options in _layers(c, key):
+            mlp = (norm(), GatedMLP(c.width, c.mlp_hidden)) if c.mlp_hidden else ()
+            made.append(Block(norm(), REGISTRY[kind](c.width, options), *mlp))
+        return made
+
+    extra = nn.ModuleDict()
+    if c.mtp:
+        extra["mtp"] = MultiTokenPrediction(c.width, blocks("mtp"), norm)
+    if c.medusa:
+        extra["medusa"] = nn.ModuleList(MedusaHead(c.width, c.vocabulary) for _ in range(c.medusa))
     shape = Shape(c.width, c.vocabulary, c.context)
-    return Decoder(shape, blocks, RMSNorm(c.width, c.norm_eps), tied=c.tied)
+    return Decoder(shape, blocks("pattern"), norm(), tied=c.tied, extra=extra)
 
 
 #: Names in the checkpoint are those in the module.
@@ -92,18 +107,21 @@ def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     sync_dir(path.parent)
 
 
-def _checked(config: Mapping[str, Any]) -> tuple[NativeConfig, list[tuple[str, Options]]]:
-    """The config, and each layer's mixer with its options."""
+def _checked(config: Mapping[str, Any]) -> NativeConfig:
+    """The config, its layers' options included."""
     try:
         checked = NativeConfig.model_validate(dict(config))
     except ValidationError as error:
         raise _explained(error, (), "a native config", NativeConfig.model_fields) from None
-    return checked, list(_layers(checked))
+    for key in ("pattern", "mtp"):
+        list(_layers(checked, key))
+    return checked
 
 
-def _layers(config: NativeConfig) -> Iterator[tuple[str, Options]]:
-    for place, entry in enumerate(config.pattern):
-        where = ("pattern", place)
+def _layers(config: NativeConfig, key: str) -> Iterator[tuple[str, Options]]:
+    """Each layer's mixer with its options."""
+    for place, entry in enumerate(getattr(config, key)):
+        where = (key, place)
         values = dict(entry)
         kind, repeat = values.pop("mixer", None), values.pop("repeat", 1)
         if not isinstance(kind, str) or kind not in REGISTRY:

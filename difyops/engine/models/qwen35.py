@@ -17,6 +17,7 @@ from difyops.engine.mixers import GatedDelta, Mixer, Softmax
 from difyops.engine.models import Family
 from difyops.engine.models.config import read
 from difyops.engine.models.decoder import Block, Decoder, Shape
+from difyops.engine.models.mtp import MultiTokenPrediction
 from difyops.engine.models.names import renamer
 
 LayerType = Literal["linear_attention", "full_attention"]
@@ -108,26 +109,6 @@ class Config(BaseModel):
         ]
 
 
-class MultiTokenPrediction(nn.Module):
-    """What drafts a token behind the next one (arXiv:2404.19737, as DeepSeek-V3 chains it).
-
-    For the final-normed hidden state h of one token and the embedding e of the following one:
-    fc(concat(pre_fc_norm_embedding(e), pre_fc_norm_hidden(h))) goes through `blocks` and `norm`,
-    and the model's own head makes logits of it. e comes first, the reverse of DeepSeek's paper.
-    """
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.pre_fc_norm_embedding = _norm(config)
-        self.pre_fc_norm_hidden = _norm(config)
-        self.fc = nn.Linear(2 * width, width, bias=False)
-        self.blocks = nn.ModuleList(
-            _block(config, "full_attention") for _ in range(config.mtp_num_hidden_layers)
-        )
-        self.norm = _norm(config)
-
-
 class Outside(BaseModel):
     """What the config of a model with vision says beside its `text_config`."""
 
@@ -146,7 +127,8 @@ def build(raw: Mapping[str, Any]) -> Decoder:
     config = read_config(raw)
     extra = nn.ModuleDict()
     if config.mtp_num_hidden_layers:
-        extra["mtp"] = MultiTokenPrediction(config)
+        blocks = [_block(config, "full_attention") for _ in range(config.mtp_num_hidden_layers)]
+        extra["mtp"] = MultiTokenPrediction(config.hidden_size, blocks, lambda: _norm(config))
     return Decoder(
         Shape(config.hidden_size, config.vocab_size, config.max_position_embeddings),
         [_block(config, kind) for kind in config.layers],

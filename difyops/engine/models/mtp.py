@@ -1,0 +1,54 @@
+"""Multi-token prediction: a small module that guesses the token behind the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from difyops.engine.models.decoder import Block, Run
+from difyops.engine.state import LayerState
+
+
+class MultiTokenPrediction(nn.Module):
+    """One module (arXiv:2412.19437, section 2.2; the idea: arXiv:2404.19737).
+
+    For the final-normed hidden state h of one token and the embedding e of the following one,
+    fc(concat(pre_fc_norm_embedding(e), pre_fc_norm_hidden(h))) goes through `blocks` and `norm`,
+    and the model's own head makes logits of it. e comes first, as in every released checkpoint and
+    the reverse of the paper. For guesses further ahead its output stands in for h.
+    """
+
+    def __init__(self, width: int, blocks: Sequence[Block], norm: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.pre_fc_norm_embedding = norm()
+        self.pre_fc_norm_hidden = norm()
+        self.fc = nn.Linear(2 * width, width, bias=False)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm()
+
+    def forward(
+        self, embedded: Tensor, hidden: Tensor, run: Run, layers: Sequence[LayerState]
+    ) -> Tensor:
+        """embedded, hidden: [..., width], of token p + 1 and of token p -> [..., width]."""
+        both = (self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden))
+        x = self.fc(torch.cat(both, dim=-1))
+        for block, state in zip(self.blocks, layers, strict=True):
+            x = block(x, run, state)
+        normed: Tensor = self.norm(x)
+        return normed
+
+
+class MedusaHead(nn.Module):
+    """x + silu(linear(x)), then a head of its own over the vocabulary (arXiv:2401.10774)."""
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., width] -> logits [..., V]."""
+        logits: Tensor = self.head(hidden + nn.functional.silu(self.linear(hidden)))
+        return logits

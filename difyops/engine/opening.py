@@ -1,0 +1,108 @@
+"""A configuration -> a model that is loaded, warm and running."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import psutil
+import torch
+
+from difyops.engine import drafters
+from difyops.engine import load as checkpoints
+from difyops.engine.chat import ChatTemplate
+from difyops.engine.config import LlmConfig
+from difyops.engine.grammar import Grammars
+from difyops.engine.intake import Llm
+from difyops.engine.models.decoder import Decoder
+from difyops.engine.runner import Engine
+from difyops.engine.sources import default_cache, resolve
+from difyops.engine.speculate import Drafter
+from difyops.engine.state import PAGE_SIZE, StateSpec
+from difyops.errors import PrerequisiteError, UsageError
+from difyops.serving import process
+
+log = logging.getLogger("difyops.engine")
+
+
+def open_llm(config: LlmConfig) -> Llm:
+    """A loaded model whose engine runs and is warm. Raises DifyopsError."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(config.threads or process.default_threads())
+    path = resolve(config.model, config.cache or default_cache(), log.info)
+    loaded = checkpoints.load(path, dtype=config.dtype, device=device)
+    words, model = loaded.tokenizer, loaded.model
+    context = config.context or loaded.context
+    if context > loaded.context:
+        raise UsageError(
+            f"context: {context} tokens were asked for, and {config.id} has {loaded.context}",
+            f"ask for {loaded.context} or less, or leave it out",
+        )
+    drafter = _drafter(config, model, device)
+    try:
+        template = None
+        if words.chat_template is not None:
+            template = ChatTemplate(words.chat_template, words.special)
+        grammars = None
+        if words.stop_ids:
+            grammars = Grammars(words.backend, model.shape.vocabulary, words.stop_ids)
+        engine = Engine(
+            model,
+            slots=config.slots,
+            context=context,
+            pages=config.pages or default_pages(model, drafter, config.slots, context),
+            prefill_tokens=config.prefill_tokens,
+            max_waiting=config.max_waiting,
+            drafter=drafter,
+            prefix_bytes=default_prefix(model)
+            if config.prefix_cache is None
+            else config.prefix_cache,
+        )
+        engine.warm_up()
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise PrerequisiteError(f"cannot serve {config.id} from {path}: {error}") from error
+    engine.start()
+    defaults = replace(loaded.sampling, **config.sampling.given())
+    return Llm(config.id, engine, words, template, grammars, defaults)
+
+
+def _drafter(config: LlmConfig, model: Decoder, device: str) -> Drafter | None:
+    kind, _, name = config.speculate.partition(":")
+    small = None
+    if name:
+        path = resolve(name, config.cache or default_cache(), log.info)
+        small = checkpoints.load(path, dtype=config.dtype, device=device).model
+    drafter = drafters.choose(kind, model, small)
+    log.info("speculation: %s", drafter.name if drafter is not None else "off")
+    return drafter
+
+
+def default_pages(model: Decoder, drafter: Drafter | None, slots: int, context: int) -> int:
+    """Pages for every slot to be full, or as many as a quarter of the free memory holds.
+
+    Sequences rarely fill the context; when they do, the youngest waits. One always fits.
+    """
+    specs: list[StateSpec] = model.state_specs()
+    if drafter is not None:
+        specs = specs + drafter.state_specs()
+    each = PAGE_SIZE * sum(spec.token_bytes for spec in specs)
+    if each == 0:
+        return 0
+    window = 1 + (drafter.most if drafter is not None else 0)
+    one = -(-(context + window) // PAGE_SIZE)
+    return max(one, min(slots * one, free_bytes(model) // 4 // each))
+
+
+def default_prefix(model: Decoder) -> int:
+    """Bytes of states that are kept for prompts that begin alike: an eighth of the free memory."""
+    return free_bytes(model) // 8
+
+
+def free_bytes(model: Decoder) -> int:
+    """Free memory where the model is."""
+    device = model.embed.weight.device
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
