@@ -74,7 +74,8 @@ class Answer(Response):
             error = errors.bad_field("max_tokens", str(wrong))
         else:
             return
-        self._cancel()
+        for request in self._job.requests:
+            self._engine.cancel(request)
         raise error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
