@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from difyops.engine import models
+from difyops.engine.config import SamplingConfig
 from difyops.engine.layout import read_json
 from difyops.engine.models.decoder import Decoder
 from difyops.engine.request import SamplingDefaults
 from difyops.engine.tokens import Tokenizer
 from difyops.engine.weights import Checkpoint, Tensors, fill
 from difyops.errors import PrerequisiteError, UsageError
+from difyops.serving.config import first_error
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +31,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 _GENERATION = "generation_config.json"
-_SAMPLING = frozenset(field.name for field in fields(SamplingDefaults))
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,6 @@ class Loaded:
     context: int
     family: str
     parameters: int
-    weight_bytes: int
     sampling: SamplingDefaults
 
 
@@ -70,7 +71,6 @@ def load(path: Path, *, dtype: str | None = None, device: str = "cpu") -> Loaded
         model.shape.context,
         family.name,
         sum(parameter.numel() for parameter in model.parameters()),
-        sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         sampling_defaults(path),
     )
     _log.info("loaded %s: %s, %d parameters", path.name, family.name, loaded.parameters)
@@ -118,14 +118,13 @@ def tokenizer_config(directory: Path, config: Mapping[str, Any]) -> dict[str, An
 
 def sampling_defaults(path: Path) -> SamplingDefaults:
     """What generation_config.json recommends. Raises PrerequisiteError for a value that is none."""
-    given = {k: v for k, v in _generation(path).items() if k in _SAMPLING and v is not None}
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise PrerequisiteError(
-                f"{path / _GENERATION}: {name}: {value!r} is not a number from 0 on",
-                "correct it, or remove the key",
-            )
-    return SamplingDefaults(**given)
+    given = {k: v for k, v in _generation(path).items() if k in SamplingConfig.model_fields}
+    try:
+        return SamplingDefaults(**SamplingConfig.model_validate(given).given())
+    except ValidationError as error:
+        raise PrerequisiteError(
+            f"{path / _GENERATION}: {first_error(error)}", "correct it, or remove the key"
+        ) from None
 
 
 def _generation(directory: Path) -> Mapping[str, Any]:

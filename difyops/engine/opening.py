@@ -41,6 +41,12 @@ def open_llm(config: LlmConfig) -> Llm:
             f"ask for {loaded.context} or less, or leave it out",
         )
     drafter = _drafter(config, model, device)
+    pages = config.pages or default_pages(model, drafter, config.slots, context)
+    if pages < (needed := _full(model, drafter, context)):
+        raise UsageError(
+            f"pages: {pages} hold {pages * PAGE_SIZE} tokens, less than a context of {context}",
+            f"raise pages to {needed} or more, or lower context",
+        )
     try:
         template = None
         if words.chat_template is not None:
@@ -52,7 +58,7 @@ def open_llm(config: LlmConfig) -> Llm:
             model,
             slots=config.slots,
             context=context,
-            pages=config.pages or default_pages(model, drafter, config.slots, context),
+            pages=pages,
             prefill_tokens=config.prefill_tokens,
             max_waiting=config.max_waiting,
             drafter=drafter,
@@ -84,15 +90,21 @@ def default_pages(model: Decoder, drafter: Drafter | None, slots: int, context: 
 
     Sequences rarely fill the context; when they do, the youngest waits. One always fits.
     """
-    specs: list[StateSpec] = model.state_specs()
-    if drafter is not None:
-        specs = specs + drafter.state_specs()
-    each = PAGE_SIZE * sum(spec.token_bytes for spec in specs)
-    if each == 0:
+    one = _full(model, drafter, context)
+    each = PAGE_SIZE * sum(spec.token_bytes for spec in _specs(model, drafter))
+    return max(one, min(slots * one, free_bytes(model) // 4 // each)) if one else 0
+
+
+def _full(model: Decoder, drafter: Drafter | None, context: int) -> int:
+    """Pages of one sequence that fills the context; 0 without softmax layers."""
+    if not any(spec.token for spec in _specs(model, drafter)):
         return 0
-    window = 1 + (drafter.most if drafter is not None else 0)
-    one = -(-(context + window) // PAGE_SIZE)
-    return max(one, min(slots * one, free_bytes(model) // 4 // each))
+    return -(-(context + 1 + (drafter.most if drafter is not None else 0)) // PAGE_SIZE)
+
+
+def _specs(model: Decoder, drafter: Drafter | None) -> list[StateSpec]:
+    own: list[StateSpec] = model.state_specs()
+    return own + drafter.state_specs() if drafter is not None else own
 
 
 def default_prefix(model: Decoder) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -129,7 +128,6 @@ class Request:
     text: TextStream
     constraint: Constraint | None = None
     number: int = field(default_factory=lambda: next(_numbers))
-    arrived: float = field(default_factory=time.monotonic)
 
     tokens: list[int] = field(init=False)
     computed: int = field(default=0, init=False)
@@ -138,8 +136,6 @@ class Request:
     slot: int | None = field(default=None, init=False)
     cancelled: bool = field(default=False, init=False)
     finish: FinishReason | None = field(default=None, init=False)
-    first_token_at: float | None = field(default=None, init=False)
-    last_token_at: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)

@@ -134,16 +134,26 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request, deliver: Deliver) -> None:
-        """Queue a request. `deliver` is called for every step that adds to it, last with a finish.
+        """Queue a request; see submit_all."""
+        self.submit_all({request: deliver})
+
+    def submit_all(self, requests: Mapping[Request, Deliver]) -> None:
+        """Queue requests, all or none. A request's `deliver` is called for every step that adds to
+        it, last with a finish.
 
         Raises QueueFull, EngineStopped, or ValueError for a prompt that does not fit.
         """
         with self._turn:
             if self._stopping:
                 raise EngineStopped(self.failure or "the engine is stopping")
-            self._scheduler.submit(request)
-            self._deliver[request] = deliver
+            self._scheduler.submit(*requests)
+            self._deliver.update(requests)
             self._turn.notify()
+
+    @property
+    def most_at_once(self) -> int:
+        """Requests that an idle engine takes at a time."""
+        return self.pool.table.slots + self._scheduler.limits.max_waiting
 
     def cancel(self, request: Request) -> None:
         """Its client has left: the slot is free at the next step."""
@@ -204,10 +214,11 @@ class Engine:
                     self._fail(batch, f"the model failed: {type(error).__name__}")
                 else:
                     self._hand_out(batch, outputs)
-        except Exception as error:
+        except BaseException as error:  # a panic of Rust's is no Exception
             log.exception("the engine ends")
             self.failure = f"{type(error).__name__}: {error}"
-        self._end()
+        finally:
+            self._end()
 
     def _next(self) -> Batch | None:
         """The next work, waited for; None when the engine is to end."""
@@ -230,6 +241,8 @@ class Engine:
             done = [span.request for span in batch.prefill if span.last]
             self._judge(done, self.model.logits(hidden)[:, None], [[]] * len(done), outputs)
         if batch.decode:
+            # The last token of a prompt may be all that is left to read of it.
+            self._counters.prompt_tokens += sum(not request.count for request in batch.decode)
             began, k = time.monotonic(), self._guesses(len(batch.decode))
             if k:
                 self._speculate(batch.decode, k, outputs)
@@ -302,18 +315,15 @@ class Engine:
         """
         taken, going = [0] * len(requests), list(range(len(requests)))
         for place in range(logits.shape[1]):
-            now = time.monotonic()
             choices = sample.choose(logits[going, place], [requests[i] for i in going])
             still = []
             for i, choice in zip(going, choices, strict=True):
                 request, taken[i] = requests[i], place + 1
                 output = outputs[request] = joined(
-                    outputs.get(request), self._accept(request, choice, now)
+                    outputs.get(request), self._accept(request, choice)
                 )
-                if (
-                    output.finish is None
-                    and choice
-                    and choice.token in guesses[i][place : place + 1]
+                if output.finish is None and output.tokens[-1:] == tuple(
+                    guesses[i][place : place + 1]
                 ):
                     still.append(i)
             if not still:
@@ -382,26 +392,26 @@ class Engine:
                 if output.finish is None:
                     self._deliver[request](output)
                 else:
-                    self._keep(request)
+                    if output.finish is not FinishReason.ERROR:
+                        self._keep(request)
                     self._finish(request, output)
 
-    def _accept(self, request: Request, choice: TokenLogprob | None, now: float) -> Output:
+    def _accept(self, request: Request, choice: TokenLogprob | Exception) -> Output:
         """Take a token in: what it adds to the text, and whether it is the last."""
-        if choice is None:
-            return Output(finish=FinishReason.ERROR, error="the model's scores are not numbers")
         try:
-            return self._taken_in(request, choice, now)
+            if isinstance(choice, Exception):
+                raise choice
+            return self._taken_in(request, choice)
         except Exception as error:
-            log.exception("request %d failed", request.number)
-            return Output(finish=FinishReason.ERROR, error=f"the engine failed: {error}")
+            # Of this request alone: a grammar that cannot go on, scores that are no numbers.
+            log.warning("request %d failed: %s", request.number, error, exc_info=error)
+            return Output(finish=FinishReason.ERROR, error=f"the answer broke off: {error}")
 
-    def _taken_in(self, request: Request, choice: TokenLogprob, now: float) -> Output:
+    def _taken_in(self, request: Request, choice: TokenLogprob) -> Output:
         token, params = choice.token, request.sampling
-        self._counters.generated_tokens += 1
-        request.first_token_at = request.first_token_at or now
-        request.last_token_at = now
         if token in params.stop_ids:
             return Output(text=request.text.flush(), finish=FinishReason.STOP)
+        self._counters.generated_tokens += 1
         request.tokens.append(token)
         text = request.text.push(token)
         finish = None

@@ -73,18 +73,24 @@ class Scheduler:
         self.running: list[Request] = []  # by age
         self.preemptions = 0
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises QueueFull, or ValueError for one that can never be run."""
+    def submit(self, *requests: Request) -> None:
+        """Queue requests, all or none. Raises QueueFull, or ValueError for one that can never be
+        run. Those that a free slot waits for do not count as waiting."""
+        for request in requests:
+            self._check(request)
+        waiting = len(self.waiting) + len(requests) - self.table.free_slots
+        if waiting > self.limits.max_waiting:
+            raise QueueFull(len(self.waiting), retry_after=1 + len(self.waiting) // 32)
+        self.waiting.extend(requests)
+
+    def _check(self, request: Request) -> None:
         if not 0 < len(request.prompt) < self.limits.context:
             raise ValueError(
                 f"a prompt of {len(request.prompt)} tokens; 1 to {self.limits.context - 1} fit"
             )
         most = min(len(request.prompt) + request.sampling.max_tokens, self.limits.context)
         if self.table.needed(most + self.limits.window) > self.table.pages:
-            raise ValueError(f"{most} tokens are more than all pages hold")
-        if len(self.waiting) >= self.limits.max_waiting:
-            raise QueueFull(len(self.waiting), retry_after=1 + len(self.waiting) // 32)
-        self.waiting.append(request)
+            raise ValueError(f"{most} tokens are more than all {self.table.pages} pages hold")
 
     def next(self) -> Batch:
         """The next step's work. Cancelled requests have left before it is chosen."""

@@ -115,7 +115,9 @@ async def _keep(service: Service, server: _Server) -> int:
     except DifyopsError as error:
         process.log_error(log, error)
         code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_CANNOT_START
-    except Exception:
+    except asyncio.CancelledError:
+        raise
+    except BaseException:  # a panic of Rust's is no Exception
         log.exception("loading failed")
         code = EXIT_CANNOT_START
     else:

@@ -90,13 +90,24 @@ def test_a_short_question_does_not_wait_for_a_book() -> None:
     assert spans == {book: 4, question: 4}
 
 
-def test_the_queue_has_a_limit() -> None:
-    scheduler = make(max_waiting=2)
-    scheduler.submit(request(1))
-    scheduler.submit(request(1))
+def test_the_queue_has_a_limit_behind_the_free_slots() -> None:
+    scheduler = make(slots=2, max_waiting=1)
+    scheduler.submit(request(1), request(1), request(1))
     with pytest.raises(QueueFull) as full:
         scheduler.submit(request(1))
     assert full.value.retry_after >= 1
+    idle = make(slots=2, max_waiting=0)
+    idle.submit(request(1), request(1))
+    assert len(idle.next().prefill or idle.next().decode) == 2
+
+
+def test_requests_are_queued_all_or_none() -> None:
+    scheduler = make(slots=1, max_waiting=2)
+    with pytest.raises(QueueFull):
+        scheduler.submit(*(request(1) for _ in range(4)))
+    with pytest.raises(ValueError, match="999"):
+        scheduler.submit(request(1), request(5000))
+    assert not scheduler.waiting
 
 
 @pytest.mark.parametrize("length", [0, 1000, 1001])

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from difyops import modelsource
+from difyops import modelsource, serve_command
 from difyops.bench import load, peers
 from difyops.engine.config import LlmConfig
 from difyops.engine.opening import open_llm
@@ -163,6 +163,33 @@ def test_a_taken_port_is_exit_3(serve: Callable[..., Serve], checkpoint: Path) -
         server = serve(checkpoint, "--port", port)
         assert server.wait() == 3
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in server.log
+
+
+def test_pages_for_less_than_one_context_are_refused(checkpoint: Path) -> None:
+    wanted = LlmConfig(id="tiny", model=str(checkpoint), pages=3, device="cpu", threads=1)
+    with pytest.raises(UsageError, match="pages: 3 hold 48 tokens, less than a context of 512"):
+        open_llm(wanted)
+
+
+@pytest.mark.parametrize(
+    ("said", "bytes_"),
+    [("off", 0), ("0", 0), ("512MiB", 512 << 20), ("2GB", 2 * 10**9), ("1.5k", 1500), ("7B", 7)],
+)
+def test_sizes(said: str, bytes_: int) -> None:
+    assert serve_command._bytes(said) == bytes_
+
+
+def test_what_is_no_size_is_refused() -> None:
+    for said in ("", "none", "-1", "2 PB", "1e9"):
+        with pytest.raises(UsageError, match="--prefix-cache"):
+            serve_command._bytes(said)
+
+
+@pytest.mark.parametrize("wanted", ["mtp", "medusa"])
+def test_a_drafter_that_the_checkpoint_lacks_is_refused(checkpoint: Path, wanted: str) -> None:
+    config = LlmConfig(id="tiny", model=str(checkpoint), speculate=wanted, device="cpu", threads=1)
+    with pytest.raises(UsageError, match=f"no {wanted} weights"):
+        open_llm(config)
 
 
 def test_a_context_beyond_the_model_s_is_refused(checkpoint: Path) -> None:
