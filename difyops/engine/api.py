@@ -112,11 +112,11 @@ def _prepare(
     """Raises ApiError for what cannot be answered. Runs beside the event loop."""
     fields = json_object(body)
     name = model_name(fields)
-    llm, config = service.llm, service.config.llm
-    if llm is None or config is None or name != llm.id:
+    llm = service.llm
+    if llm is None or name != llm.id:
         raise errors.wrong_model(name, service.config.ids(), "completions", "embeddings")
     asked = parse(kind, fields)
-    if asked.count > (most := config.slots + config.max_waiting):
+    if asked.count > (most := llm.engine.most_at_once):
         raise errors.bad_field(
             "n" if (asked.n or 1) > 1 else "prompt",
             f"{asked.count} choices in all, but this server runs and queues at most {most}",

@@ -45,7 +45,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 # fail_fast: pydantic would otherwise write an error for each of a million ids.
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
-Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Schema = dict[str, Any] | bool
 
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
@@ -385,12 +385,7 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: (
-        str
-        | Texts
-        | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
-    )
+    prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     # OpenAI's fields that this server lacks.
