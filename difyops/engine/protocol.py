@@ -11,6 +11,10 @@ may bring its own temperature, top_p, top_k, min_p and repetition penalty: gener
 Extensions, named as vLLM names them: `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
 `structured_outputs`, `chat_template_kwargs`; `reasoning_content` (or `reasoning`) in the messages
 of an assistant. Dify's provider switches reasoning by `enable_thinking` and `thinking`, too.
+
+That reasoning is the one thing that may stay out of the prompt: clients send back what they got,
+and most chat templates leave out what was thought before. intake.py refuses all else that the
+model's template does not read.
 """
 
 from __future__ import annotations
