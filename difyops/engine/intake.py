@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
@@ -39,6 +40,14 @@ if TYPE_CHECKING:
     from difyops.engine.runner import Engine
 
 _SEEDS = 2**63
+#: Role and field of what some chat templates do not read.
+_OPTIONAL = (
+    ("system", "name"),
+    ("user", "name"),
+    ("assistant", "name"),
+    ("assistant", "tool_calls"),
+    ("tool", "content"),
+)
 Number = TypeVar("Number", int, float)
 
 
@@ -58,6 +67,16 @@ class Llm:
     def context(self) -> int:
         """Tokens of one request, its answer included."""
         return self.engine.context
+
+    @cached_property
+    def longest_token(self) -> int:
+        """The most bytes of a text that one token stands for."""
+        tokenizer = self.tokenizer
+        longest = max(
+            (len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocabulary)), default=1
+        )
+        # A normaliser composes characters, and makes ASCII of what has four bytes.
+        return longest if tokenizer.backend.normalizer is None else 4 * longest
 
     @property
     def tool_format(self) -> ToolFormat | None:
@@ -98,7 +117,7 @@ def chat_job(llm: Llm, asked: ChatRequest) -> Job:
     # A grammar that holds from the first token on leaves no room for reasoning.
     inside = starts_inside(text)
     reasoning = inside or (detect_reasoning(source) and not asked.whole_is_constrained)
-    prompt = llm.tokenizer.encode(text)
+    prompt = _encode(llm, text, "messages")
     sampling = _sampling(llm, asked, len(prompt), "messages")
     requests, choices = [], []
     for index in range(asked.n or 1):
@@ -116,9 +135,9 @@ def completion_job(llm: Llm, asked: CompletionRequest) -> Job:
     choices = []
     total = 0
     for given in asked.prompts:
-        prompt = llm.tokenizer.encode(given, bos=True) if isinstance(given, str) else given
-        _check_tokens(llm, prompt)
+        prompt = _encode(llm, given, "prompt", bos=True) if isinstance(given, str) else given
         sampling = _sampling(llm, asked, len(prompt), "prompt")
+        _check_tokens(llm, prompt)
         total += len(prompt)
         echo = given if isinstance(given, str) else llm.tokenizer.decode(given)
         for _ in range(asked.n or 1):
@@ -136,18 +155,55 @@ def _render(llm: Llm, asked: ChatRequest) -> str:
     if template is None:
         raise bad_field("model", f"{llm.id} has no chat template; it answers on /v1/completions")
     given = template_kwargs(llm.id, asked, template)
-    tools = [] if asked.tool_choice == "none" else asked.tools or []
+    tools = [
+        tool.model_dump(exclude_none=True, exclude={"function": {"strict"}})
+        for tool in ([] if asked.tool_choice == "none" else asked.tools or [])
+    ]
+    messages = [_message(message) for message in asked.messages]
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        return template.render(messages, tools=tools, kwargs=given)
+
     try:
-        return template.render(
-            [_message(message) for message in asked.messages],
-            tools=[
-                tool.model_dump(exclude_none=True, exclude={"function": {"strict"}})
-                for tool in tools
-            ],
-            kwargs=given,
-        )
+        text = render(messages)
     except ValueError as error:
         raise bad_field("messages", str(error)) from None
+    if found := _unread(messages, text, render):
+        index, field = found
+        raise unsupported(
+            f"messages.{index}.{field}", f"the chat template of {llm.id} does not read it"
+        )
+    return text
+
+
+def _unread(
+    messages: list[dict[str, Any]], text: str, render: Callable[[list[dict[str, Any]]], str]
+) -> tuple[int, str] | None:
+    """The index and the field of what the template leaves out of `text`: it is the same with
+    something else there.
+
+    Not looked at are an assistant's reasoning, which templates leave out of what is over, and
+    clients send back as they got it; and `tool_call_id` and `name` of a tool's message, which
+    only say again which call it answers.
+    """
+    for role, field in _OPTIONAL:
+        places = [i for i, m in enumerate(messages) if m["role"] == role and m.get(field)]
+        if not places:
+            continue
+        others = [_without(m, field) if m["role"] == role and m.get(field) else m for m in messages]
+        try:
+            same = render(others) == text
+        except ValueError:  # it misses what was taken away
+            same = False
+        if same:
+            return places[0], field
+    return None
+
+
+def _without(message: dict[str, Any], field: str) -> dict[str, Any]:
+    other = {k: v for k, v in message.items() if k != field}
+    # An empty content might be left out by a template that reads contents.
+    return other | ({"content": secrets.token_hex(8)} if field == "content" else {})
 
 
 def template_kwargs(model: str, asked: ChatRequest, template: ChatTemplate) -> dict[str, Any]:
@@ -193,8 +249,8 @@ def _sampling(llm: Llm, asked: GenerationRequest, prompt: int, field: str) -> Sa
     if (wanted := asked.most_tokens) is not None and wanted > room:
         raise bad_field(
             "max_tokens",
-            f"the prompt has {prompt} tokens and {wanted} are asked for, "
-            f"but the context of {llm.id} is {llm.context} tokens",
+            f"the prompt has {prompt} tokens and {wanted} are asked for, but the context of "
+            f"{llm.id} is {llm.context} tokens: at most {room} fit",
         )
     bias = {int(token): value for token, value in (asked.logit_bias or {}).items()}
     if wrong := [token for token in bias if token >= llm.tokenizer.vocabulary]:
@@ -293,8 +349,17 @@ def _explained(field: str) -> Iterator[None]:
         raise bad_field(field, str(error)) from None
 
 
+def _encode(llm: Llm, text: str, field: str, *, bos: bool = False) -> list[int]:
+    """The tokens of a prompt. Raises ApiError (400) for a text that cannot fit, without the
+    seconds that reading it would take."""
+    size = len(text.encode())
+    if (least := -(-size // llm.longest_token)) > llm.context:
+        raise too_long(least, llm.context, llm.id, field, size=size)
+    return llm.tokenizer.encode(text, bos=bos)
+
+
 def _check_tokens(llm: Llm, prompt: Sequence[int]) -> None:
     if not prompt:
         raise bad_field("prompt", f"is empty, and {llm.id} has no token to begin with")
-    if wrong := [token for token in prompt if token >= llm.tokenizer.vocabulary]:
-        raise bad_field("prompt", f"{llm.id} has no token {wrong[0]}")
+    if (greatest := max(prompt)) >= llm.tokenizer.vocabulary:
+        raise bad_field("prompt", f"{llm.id} has no token {greatest}")

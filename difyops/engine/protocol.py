@@ -11,11 +11,16 @@ may bring its own temperature, top_p, top_k, min_p and repetition penalty: gener
 Extensions, named as vLLM names them: `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
 `structured_outputs`, `chat_template_kwargs`; `reasoning_content` (or `reasoning`) in the messages
 of an assistant. Dify's provider switches reasoning by `enable_thinking` and `thinking`, too.
+
+That reasoning is the one thing that may stay out of the prompt: clients send back what they got,
+and most chat templates leave out what was thought before. intake.py refuses all else that the
+model's template does not read.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -35,19 +40,25 @@ from difyops.serving.errors import ApiError, bad_field, unsupported
 #: Choices of one request, over all its prompts.
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_MESSAGES = 8192
+MAX_BIASES = 300
 #: What chat templates call the switch of the reasoning.
 THINKING_NAMES = ("enable_thinking", "thinking")
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# fail_fast: pydantic would otherwise write an error for each of a million ids.
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Schema = dict[str, Any] | bool
+
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 def _token_ids(bias: dict[str, float]) -> dict[str, float]:
     for key in bias:
-        if not (key.isascii() and key.isdigit()):
-            raise ValueError(f"{key!r} is not a token id")
+        if not _TOKEN_ID.fullmatch(key):
+            raise ValueError(f"{key[:20]!r} is not a token id")
     return bias
 
 
@@ -55,7 +66,7 @@ def _a_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Bias = dict[str, Annotated[float, Field(ge=-100, le=100)]]
+Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)]
 Stops = Annotated[
     list[Annotated[str, StringConstraints(min_length=1, max_length=1000)]],
     Field(max_length=MAX_STOPS),
@@ -255,6 +266,11 @@ class GenerationRequest(_Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
+    def count(self) -> int:
+        """Choices, over all prompts."""
+        return self.n or 1
+
+    @property
     def most_tokens(self) -> int | None:
         """The most tokens of an answer; None: what the context holds."""
         return self.max_tokens
@@ -266,7 +282,7 @@ class GenerationRequest(_Body):
 
 
 class ChatRequest(GenerationRequest):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -318,11 +334,12 @@ class ChatRequest(GenerationRequest):
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             raise ValueError("tools: two of them have the same name")
-        if isinstance(self.tool_choice, NamedTool):
-            if self.tool_choice.function.name not in names:
-                raise ValueError(f"tool_choice: no tool {self.tool_choice.function.name!r}")
-        elif self.tool_choice == "required" and not names:
-            raise ValueError("tool_choice: required, but there are no tools")
+        choice = self.tool_choice
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise ValueError(f"tool_choice: no tool {choice.function.name!r}")
+        for field in ("tool_choice", "parallel_tool_calls"):
+            if getattr(self, field) is not None and not names:
+                raise ValueError(f"{field}: only with tools")
         if self.callable_tools and (self.structured_outputs or self.wants_json):
             field = "structured_outputs" if self.structured_outputs else "response_format"
             raise ValueError(f"{field}: not together with tools that may be called")
@@ -372,12 +389,7 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
-        | Tokens
-        | Annotated[list[Tokens], Field(min_length=1)]
-    )
+    prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     # OpenAI's fields that this server lacks.
@@ -388,9 +400,13 @@ class CompletionRequest(GenerationRequest):
     def _is_possible(self) -> Self:
         if self.echo and self.logprobs is not None:
             raise ValueError("logprobs: not together with echo; a prompt's are not computed")
-        if len(self.prompts) * (self.n or 1) > MAX_CHOICES:
+        if self.count > MAX_CHOICES:
             raise ValueError(f"prompt: with n, more than {MAX_CHOICES} choices")
         return self
+
+    @property
+    def count(self) -> int:
+        return len(self.prompts) * (self.n or 1)
 
     @property
     def prompts(self) -> Sequence[str | list[int]]:

@@ -109,7 +109,7 @@ async def show_model(request: Request) -> Response:
 async def chat(request: Request) -> Response:
     body = await read_body(request)
     models = _loaded(request)
-    fields = json_object(body)
+    fields = await asyncio.to_thread(json_object, body)
     name = model_name(fields)
     llm, llama = models.config.llm, models.llama
     if llm is None or llama is None or name != llm.id:
@@ -122,7 +122,7 @@ async def chat(request: Request) -> Response:
 async def embed(request: Request) -> Response:
     body = await read_body(request)
     models = _loaded(request)
-    fields = json_object(body)
+    fields = await asyncio.to_thread(json_object, body)
     name = model_name(fields)
     embedder = models.embedder
     if models.config.embedding is None or embedder is None or name != models.config.embedding.id:

@@ -150,6 +150,6 @@ def server(
 
 @pytest.fixture
 def http(server: Running) -> Iterator[httpx.Client]:
-    headers = {"Authorization": f"Bearer {KEY}"}
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     with httpx.Client(base_url=server.url(), headers=headers, timeout=60) as client:
         yield client
