@@ -52,22 +52,6 @@ class Foreseen(Drafter):
         return torch.tensor(rows).view(len(rows), k)
 
 
-class Always:
-    """Instead of Adaptive: always as many guesses as there may be."""
-
-    def __init__(self, k: int) -> None:
-        self.k = k
-
-    def choose(self, batch: int) -> int:
-        return self.k
-
-    def took(self, *measured: object) -> None: ...
-
-    def settled(self, batch: int) -> None: ...
-
-    def came_true(self, *counted: object) -> None: ...
-
-
 def made(kind: str, **keys: Any) -> Decoder:
     torch.set_num_threads(1)
     keys = {"vocabulary": VOCABULARY, "context": CONTEXT} | keys
@@ -76,9 +60,9 @@ def made(kind: str, **keys: Any) -> Decoder:
 
 def running(model: Decoder, drafter: Drafter | None = None, **options: Any) -> Engine:
     options = {"slots": 4, "context": CONTEXT, "prefill_tokens": 48} | options
+    if drafter is not None:  # as many guesses as there may be, whether they pay or not
+        options = {"guesses": drafter.most} | options
     engine = Engine(model, drafter=drafter, **options)
-    if drafter is not None:
-        engine._adaptive = Always(drafter.most)  # type: ignore[assignment]
     engine.start()
     return engine
 
