@@ -20,7 +20,7 @@ from difyops.secrets import Secret
 #: Two tokens whose log probabilities differ by less are a tie that rounding decides.
 NEAR_TIE = 0.05
 #: Of each answer.
-TOKENS = 24
+TOKENS = 16
 #: Seconds for one of them: a large model on a processor takes its time.
 PATIENCE = 300.0
 

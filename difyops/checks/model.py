@@ -130,43 +130,14 @@ def chat(deployment: Deployment) -> Finding:
             max_tokens=8,
         )
     except DifyopsError as error:
-        return fail(error.message, error.hint or _look(deployment))
+        return fail(error.message, error.hint or see_its_log(deployment))
     return ok(f"answered in {answer.seconds:.1f} s, first token {answer.first_token:.2f} s")
 
 
-def _look(deployment: Deployment) -> str:
+def see_its_log(deployment: Deployment) -> str:
     if deployment.settings.model.backend == "external":
         return f"see the log of the server at {model.llm_url(deployment)}"
     return "difyops logs model; then: difyops restart model"
-
-
-@check(
-    "model.exact",
-    why="caches, speculation and batching must not change an answer; where they do, every long "
-    "conversation is wrong, and nothing says so",
-    needs=("model.up", "model.chat"),
-    answers=("fail", "warn"),
-)
-def exact_answers(deployment: Deployment) -> Finding:
-    """The same greedy requests by every way through the server."""
-    from difyops.backends import exact
-
-    settings = deployment.settings.model
-    url, key = model.llm_url(deployment), model.llm_key(deployment)
-    found = exact.compare(
-        url, settings.name, key, ways=exact.ways(settings.backend, url, settings.name, key)
-    )
-    if found.difference is None:
-        return ok(f"{found.answers} answers are the same: {', '.join(found.seen)}")
-    said = str(found.difference)
-    if found.difference.near_tie:
-        return ok(f"a near-tie, no fault: {said}")
-    if found.difference.gap is None:
-        return warn(said, f"{_look(deployment)}; then ask it without a prefix cache or speculation")
-    return fail(
-        f"the engine's cache, speculation or batching changes tokens: {said}",
-        f"switch the engine's prefix cache and speculation off; {_look(deployment)}",
-    )
 
 
 @check("model.embedding", why="knowledge bases are searched with it", needs=("model.up",))

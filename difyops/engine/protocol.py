@@ -11,8 +11,8 @@ may bring its own temperature, top_p, top_k, min_p and repetition penalty: gener
 Extensions, named as vLLM names them: `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
 `structured_outputs`, `chat_template_kwargs`, `cache_salt`; `reasoning_content` (or `reasoning`) in
 the messages of an assistant. Dify's provider switches reasoning by `enable_thinking` and
-`thinking`, too. Our own: `speculate` (false: guess no tokens ahead for this request). Neither it nor
-`cache_salt` changes an answer: `difyops doctor` compares answers with and without.
+`thinking`, too. Our own: `speculate` (false: guess no tokens ahead for this request). Neither it
+nor `cache_salt` changes an answer: `difyops doctor` compares answers with and without.
 """
 
 from __future__ import annotations
