@@ -53,7 +53,7 @@ def test_a_stand_in_that_is_exact() -> None:
     assert {body["temperature"] for body in server.asked} == {0}
     first, second = server.asked[0]["messages"], server.asked[2]["messages"]
     assert second[:2] == [*first, {"role": "assistant", "content": "he saw a whale"}]
-    assert len(first[0]["content"].split()) > 100
+    assert len(first[0]["content"].split()) > 80
     with faulty(RIGHT) as again:
         exact.compare(again.url, "faulty", ways=Ways())
     assert again.asked[0]["messages"] != first  # what one run has warmed is cold to the next
