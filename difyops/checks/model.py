@@ -130,11 +130,11 @@ def chat(deployment: Deployment) -> Finding:
             max_tokens=8,
         )
     except DifyopsError as error:
-        return fail(error.message, error.hint or _look(deployment))
+        return fail(error.message, error.hint or see_its_log(deployment))
     return ok(f"answered in {answer.seconds:.1f} s, first token {answer.first_token:.2f} s")
 
 
-def _look(deployment: Deployment) -> str:
+def see_its_log(deployment: Deployment) -> str:
     if deployment.settings.model.backend == "external":
         return f"see the log of the server at {model.llm_url(deployment)}"
     return "difyops logs model; then: difyops restart model"

@@ -287,7 +287,14 @@ def _request(
         raise bad_field("ignore_eos", "not together with a constraint, which ends by itself")
     seed = secrets.randbelow(_SEEDS) if asked.seed is None else (asked.seed + index) % _SEEDS
     text = llm.tokenizer.stream(asked.stop or ())
-    return Request(prompt, replace(sampling, seed=seed), text, constraint)
+    return Request(
+        prompt,
+        replace(sampling, seed=seed),
+        text,
+        constraint,
+        speculate=asked.speculate is not False,
+        salt=asked.cache_salt or "",
+    )
 
 
 def _chat_constraint(

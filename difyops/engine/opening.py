@@ -25,14 +25,19 @@ from difyops.serving import process
 log = logging.getLogger("difyops.engine")
 
 
-def open_llm(config: LlmConfig) -> Llm:
-    """A loaded model whose engine runs and is warm. Raises DifyopsError."""
+def load_model(config: LlmConfig) -> checkpoints.Loaded:
+    """The model that is named, on the device that is named. Raises DifyopsError."""
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(config.threads or process.default_threads())
     path = resolve(config.model, config.cache or default_cache(), log.info)
-    loaded = checkpoints.load(path, dtype=config.dtype, device=device)
+    return checkpoints.load(path, dtype=config.dtype, device=device)
+
+
+def open_llm(config: LlmConfig) -> Llm:
+    """A loaded model whose engine runs and is warm. Raises DifyopsError."""
+    loaded = load_model(config)
     words, model = loaded.tokenizer, loaded.model
     context = config.context or loaded.context
     if context > loaded.context:
@@ -40,7 +45,7 @@ def open_llm(config: LlmConfig) -> Llm:
             f"context: {context} tokens were asked for, and {config.id} has {loaded.context}",
             f"ask for {loaded.context} or less, or leave it out",
         )
-    drafter = _drafter(config, model, device)
+    drafter = _drafter(config, model)
     pages = config.pages or default_pages(model, drafter, config.slots, context)
     if pages < (needed := _full(model, drafter, context)):
         raise UsageError(
@@ -68,18 +73,15 @@ def open_llm(config: LlmConfig) -> Llm:
         )
         engine.warm_up()
     except (ValueError, RuntimeError, MemoryError) as error:
-        raise PrerequisiteError(f"cannot serve {config.id} from {path}: {error}") from error
+        raise PrerequisiteError(f"cannot serve {config.id} from {config.model}: {error}") from error
     engine.start()
     defaults = replace(loaded.sampling, **config.sampling.given())
     return Llm(config.id, engine, words, template, grammars, defaults)
 
 
-def _drafter(config: LlmConfig, model: Decoder, device: str) -> Drafter | None:
+def _drafter(config: LlmConfig, model: Decoder) -> Drafter | None:
     kind, _, name = config.speculate.partition(":")
-    small = None
-    if name:
-        path = resolve(name, config.cache or default_cache(), log.info)
-        small = checkpoints.load(path, dtype=config.dtype, device=device).model
+    small = load_model(config.model_copy(update={"model": name})).model if name else None
     drafter = drafters.choose(kind, model, small)
     log.info("speculation: %s", drafter.name if drafter is not None else "off")
     return drafter

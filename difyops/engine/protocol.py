@@ -9,12 +9,14 @@ fresh seed; `max_tokens` is 16 for text completions and what the context holds f
 may bring its own temperature, top_p, top_k, min_p and repetition penalty: generation_config.json.
 
 Extensions, named as vLLM names them: `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
-`structured_outputs`, `chat_template_kwargs`; `reasoning_content` (or `reasoning`) in the messages
-of an assistant. Dify's provider switches reasoning by `enable_thinking` and `thinking`, too.
+`structured_outputs`, `chat_template_kwargs`, `cache_salt`; `reasoning_content` (or `reasoning`) in
+the messages of an assistant. Dify's provider switches reasoning by `enable_thinking` and
+`thinking`, too. Our own: `speculate` (false: guess no tokens ahead for this request). Neither it
+nor `cache_salt` changes an answer: `difyops doctor` compares answers with and without.
 
-That reasoning is the one thing that may stay out of the prompt: clients send back what they got,
-and most chat templates leave out what was thought before. intake.py refuses all else that the
-model's template does not read.
+An assistant's reasoning is the one thing that may stay out of the prompt: clients send back what
+they got, and most chat templates leave out what was thought before. intake.py refuses all else
+that the model's template does not read.
 """
 
 from __future__ import annotations
@@ -252,6 +254,9 @@ class GenerationRequest(_Body):
     stop: Annotated[Stops, BeforeValidator(_a_list)] | None = None
     ignore_eos: bool | None = None
     structured_outputs: StructuredOutputs | None = None
+    # Prompts share what is kept of them only where the salt is the same.
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
+    speculate: bool | None = None
     # A tag of an end user; it changes no answer.
     user: str | None = None
 

@@ -121,12 +121,16 @@ class Request:
 
     `tokens` is the prompt and what was generated; the first `computed` of them are in the state of
     `slot`. A request that waits, or that was preempted, has no slot and nothing computed.
+    Without `speculate` nothing is guessed for it; states that are kept serve only requests with
+    the same `salt`. Neither changes a token.
     """
 
     prompt: Sequence[int]
     sampling: SamplingParams
     text: TextStream
     constraint: Constraint | None = None
+    speculate: bool = True
+    salt: str = ""
     number: int = field(default_factory=lambda: next(_numbers))
 
     tokens: list[int] = field(init=False)

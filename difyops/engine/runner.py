@@ -38,6 +38,8 @@ class Counters:
     finished: dict[FinishReason, int] = field(
         default_factory=lambda: dict.fromkeys(FinishReason, 0)
     )
+    #: Sequences in decoding passes of the model, summed: without guesses each makes one token.
+    passes: int = 0
     #: By place behind the last token: guesses made, and those that came true.
     drafted: dict[int, int] = field(default_factory=dict)
     accepted: dict[int, int] = field(default_factory=dict)
@@ -79,7 +81,10 @@ class Engine:
 
     `slots` sequences run at a time, each of at most `context` tokens. `pages` bounds the keys and
     values of softmax layers over all sequences; without it every slot can be full. `drafter`
-    guesses ahead, as far as it pays. `prefix_bytes` of state are kept for prompts that begin alike.
+    guesses ahead: `guesses` tokens in every pass, or without it as many as pay. `prefix_bytes` of
+    state are kept for prompts that begin alike.
+
+    Raises ValueError for `guesses` that the drafter cannot make.
     """
 
     def __init__(
@@ -92,16 +97,20 @@ class Engine:
         prefill_tokens: int = 512,
         max_waiting: int = 256,
         drafter: Drafter | None = None,
+        guesses: int | None = None,
         prefix_bytes: int = 0,
     ) -> None:
+        most = drafter.most if drafter is not None else 0
+        if guesses is not None and not 0 <= guesses <= most:
+            raise ValueError(f"guesses: {guesses} is not from 0 to {most}, what is drafted at most")
         self.model = model.eval().requires_grad_(False)
         self.device = model.embed.weight.device
         self.context = context
         self.drafter = drafter
-        self._adaptive = Adaptive(drafter.most) if drafter is not None else None
-        self._last_guesses = 0
+        self._adaptive = Adaptive(most) if most and guesses is None else None
+        self._last_guesses = guesses or 0  # for good, where nothing adapts
         self._pays: dict[int, bool] = {}  # by size of batch, as Adaptive groups them
-        window = 1 + (drafter.most if drafter is not None else 0)
+        window = 1 + most
         self.pool = StatePool(
             model.state_specs(),
             drafting=drafter.state_specs() if drafter is not None else (),
@@ -116,7 +125,13 @@ class Engine:
         )
         self._scheduler = Scheduler(
             self.pool.table,
-            Limits(context, prefill_tokens, max_waiting, window),
+            Limits(
+                context,
+                prefill_tokens,
+                max_waiting,
+                window,
+                block=self.cache.block if self.cache is not None else 0,
+            ),
             self._resume,
             self._reclaim,
         )
@@ -243,7 +258,8 @@ class Engine:
         if batch.decode:
             # The last token of a prompt may be all that is left to read of it.
             self._counters.prompt_tokens += sum(not request.count for request in batch.decode)
-            began, k = time.monotonic(), self._guesses(len(batch.decode))
+            began, k = time.monotonic(), self._guesses(batch.decode)
+            self._counters.passes += len(batch.decode)
             if k:
                 self._speculate(batch.decode, k, outputs)
             else:
@@ -289,7 +305,10 @@ class Engine:
         drafts = self.drafter.draft(requests, slots, self.pool, k)
         window = windows(requests, drafts)
         hidden = self.model.verify(window, self.pool, slots)
-        guesses = drafts.tolist()
+        # One that wants no guesses goes along with the others' window.
+        guesses = [
+            row if r.speculate else [] for r, row in zip(requests, drafts.tolist(), strict=True)
+        ]
         taken = self._judge(requests, self.model.logits(hidden), guesses, outputs)
         accepted = self._tensor(taken)
         self.model.commit(self.pool, slots, accepted)
@@ -331,10 +350,13 @@ class Engine:
             going = still
         return taken
 
-    def _guesses(self, batch: int) -> int:
+    def _guesses(self, requests: Sequence[Request]) -> int:
         """How many tokens to guess now; says in the log when it stops or begins to pay."""
-        if self._adaptive is None or self.drafter is None:
+        if self.drafter is None or not any(request.speculate for request in requests):
             return 0
+        if self._adaptive is None:
+            return self._last_guesses
+        batch = len(requests)
         settled = self._adaptive.settled(batch)
         if settled is not None and bool(settled) != self._pays.get(batch.bit_length()):
             self._pays[batch.bit_length()] = bool(settled)
@@ -359,8 +381,10 @@ class Engine:
 
     def _resume(self, request: Request) -> int:
         """Put the longest kept beginning of the request into its new slot. The turn is held."""
-        found = self.cache.find(request.tokens) if self.cache is not None else None
-        if found is None or request.slot is None:
+        if self.cache is None or request.slot is None:
+            return 0
+        found = self.cache.find(request.tokens, request.salt)
+        if found is None:
             return 0
         try:
             self.pool.restore(request.slot, found)
@@ -378,9 +402,10 @@ class Engine:
             return
         tokens = request.tokens[: request.computed]
         with self._turn:
-            if not self.cache.has(tokens):
+            if not self.cache.has(tokens, request.salt):
                 snapshot = self.pool.snapshot(request.slot)
-                self.cache.keep(tokens, snapshot, self.pool.snapshot_bytes(snapshot))
+                size = self.pool.snapshot_bytes(snapshot)
+                self.cache.keep(tokens, snapshot, size, request.salt)
 
     def _hand_out(self, batch: Batch, outputs: Mapping[Request, Output]) -> None:
         with self._turn:

@@ -25,6 +25,9 @@ class Limits:
     prefill_tokens: int = 512
     max_waiting: int = 256
     window: int = 1
+    #: A prompt's last part begins at a multiple of it, so that what is kept before it can be
+    #: resumed by the same prompt and by others that begin alike. 0: nothing is kept.
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Scheduler:
                 decode.append(request)
         spans = []
         for request, count in _shares(reading, self.limits.prefill_tokens):
-            stop = request.computed + count
+            stop = self._stop(request, request.computed + count)
             if request.slot is not None and self._grow(request, stop):
                 spans.append(Span(request, request.computed, stop))
         # An older prompt's growth may have preempted what was chosen before it.
@@ -113,6 +116,13 @@ class Scheduler:
             tuple(span for span in spans if span.request.slot is not None),
             tuple(request for request in decode if request.slot is not None),
         )
+
+    def _stop(self, request: Request, stop: int) -> int:
+        """Where a part of the prompt ends that could go on to `stop`."""
+        if not self.limits.block or stop < len(request.tokens):
+            return stop
+        boundary = (stop - 1) // self.limits.block * self.limits.block
+        return boundary if boundary > request.computed else stop
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """The request has ended; its slot is free at once."""

@@ -52,22 +52,6 @@ class Foreseen(Drafter):
         return torch.tensor(rows).view(len(rows), k)
 
 
-class Always:
-    """Instead of Adaptive: always as many guesses as there may be."""
-
-    def __init__(self, k: int) -> None:
-        self.k = k
-
-    def choose(self, batch: int) -> int:
-        return self.k
-
-    def took(self, *measured: object) -> None: ...
-
-    def settled(self, batch: int) -> None: ...
-
-    def came_true(self, *counted: object) -> None: ...
-
-
 def made(kind: str, **keys: Any) -> Decoder:
     torch.set_num_threads(1)
     keys = {"vocabulary": VOCABULARY, "context": CONTEXT} | keys
@@ -76,9 +60,9 @@ def made(kind: str, **keys: Any) -> Decoder:
 
 def running(model: Decoder, drafter: Drafter | None = None, **options: Any) -> Engine:
     options = {"slots": 4, "context": CONTEXT, "prefill_tokens": 48} | options
+    if drafter is not None:  # as many guesses as there may be, whether they pay or not
+        options = {"guesses": drafter.most} | options
     engine = Engine(model, drafter=drafter, **options)
-    if drafter is not None:
-        engine._adaptive = Always(drafter.most)  # type: ignore[assignment]
     engine.start()
     return engine
 
@@ -157,6 +141,20 @@ def test_guesses_and_kept_prefixes_change_no_token(
     if cache == 10**9:
         assert stats.prefix is not None
         assert stats.prefix.reused > 0
+    ended(engine)
+
+
+def test_the_same_prompt_again_is_hardly_read_again() -> None:
+    model = made("gated_delta")
+    engine = running(model, prefix_bytes=10**9, prefill_tokens=512)
+    (prompt,) = (tuple(i % 50 for i in range(200)),)
+    first, again = (answers(engine, asked([prompt])) for _ in range(2))
+    other = asked([(*prompt[:150], 7, 8)])
+    answers(engine, other)
+    prefix = engine.stats().prefix
+    assert first == again
+    # Blocks of 64: of 200 tokens the last 8 are read again, and what begins alike shares 192 or 64.
+    assert prefix is not None and prefix.reused == 192
     ended(engine)
 
 

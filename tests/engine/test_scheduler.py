@@ -80,6 +80,22 @@ def test_prompts_are_read_in_chunks_beside_decoding() -> None:
     assert seen == [(0, 8), (8, 16), (16, 24), (24, 32), (32, 40)]
 
 
+def test_the_last_part_of_a_prompt_begins_at_a_block() -> None:
+    for length, parts in ((20, [(0, 16), (16, 20)]), (17, [(0, 16)]), (16, [(0, 8), (8, 16)]),
+                          (5, [(0, 5)])):  # fmt: skip
+        scheduler = make(block=8)
+        one = request(length)
+        scheduler.submit(one)
+        seen = []
+        while one.pending > 1:
+            batch = scheduler.next()
+            seen += [(span.start, span.stop) for span in batch.prefill]
+            run(scheduler, batch)
+            if one.count:
+                break
+        assert seen == parts
+
+
 def test_a_short_question_does_not_wait_for_a_book() -> None:
     scheduler = make(prefill_tokens=8, slots=3)
     book, question = request(400), request(4)
