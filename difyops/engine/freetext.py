@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
+from difyops.engine.search import Pattern
+
 #: Which of the texts is looked for, and how many of its bytes stand at the end of the output.
 Place = tuple[int, int]
 
@@ -12,7 +14,7 @@ _SPACE = b" \t\n\r\v\f"
 
 
 class FreeText:
-    """Finds `texts`, one after the other, token by token (Knuth, Morris and Pratt 1977).
+    """Finds `texts`, one after the other, token by token.
 
     `optional`: the output may begin with the first text, after white space; one that does not
     skips it and the second. `bytes_of` tells the bytes of the tokens 0 to `known` - 1.
@@ -26,10 +28,9 @@ class FreeText:
         *,
         optional: bool = False,
     ) -> None:
-        self._texts = [text.encode() for text in texts]
-        self._fallbacks = [_fallbacks(text) for text in self._texts]
+        self._texts = [Pattern[int](text.encode()) for text in texts]
         self._optional = optional
-        last = self._texts[-1][-1]
+        last = self._texts[-1].text[-1]
         self._tokens = [
             (token, data)
             for token, data in ((token, bytes_of(token)) for token in range(known))
@@ -56,29 +57,16 @@ class FreeText:
 
     def _next(self, place: Place, byte: int) -> Place:
         number, matched = place
-        text = self._texts[number]
-        if self._optional and number == 0 and text[matched] != byte:
+        pattern = self._texts[number]
+        if self._optional and number == 0 and pattern.text[matched] != byte:
             if matched == 0 and byte in _SPACE:
                 return place
             # What was taken for the first text may be the beginning of a later one.
-            return self.step((2, 0), text[:matched] + bytes([byte]))[0]
-        matched = _advance(text, self._fallbacks[number], matched, byte)
-        return (number + 1, 0) if matched == len(text) else (number, matched)
+            return self.step((2, 0), bytes([*pattern.text[:matched], byte]))[0]
+        matched = pattern.advance(matched, byte)
+        return (number + 1, 0) if matched == len(pattern) else (number, matched)
 
     def _overshooting(self, place: Place) -> list[tuple[int, bytes]]:
         """The tokens that reach the end of the last text and go past it, with what is past it."""
         ends = ((token, self.step(place, data)[1]) for token, data in self._tokens)
         return [(token, rest) for token, rest in ends if rest]
-
-
-def _fallbacks(text: bytes) -> list[int]:
-    found = [0] * (len(text) + 1)
-    for i in range(1, len(text)):
-        found[i + 1] = _advance(text, found, found[i], text[i])
-    return found
-
-
-def _advance(text: bytes, fallbacks: Sequence[int], matched: int, byte: int) -> int:
-    while matched and text[matched] != byte:
-        matched = fallbacks[matched]
-    return matched + (text[matched] == byte)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -28,8 +29,13 @@ if TYPE_CHECKING:
 
 #: About a second of one core at the worst; past it the grammar is refused.
 _LIMITS = llguidance.LLParserLimits(
-    initial_lexer_fuel=1_000_000, max_grammar_size=100_000, verbose_errors=False
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=2_000_000,
+    max_items_in_row=20_000,  # four for each name that an object may begin with
+    max_grammar_size=100_000,
+    verbose_errors=False,
 )
+_ROW = re.compile(r"row has (\d+) items; max is (\d+)")
 _LOCATE_S = 0.5
 MAX_CHOICES = 1024
 MAX_TEXT = 64 * 1024
@@ -119,9 +125,8 @@ class Grammars:
         texts = [text for text in (begins, after, CALL_OPEN) if text is not None]
         free = self._vocabulary.free_text(tuple(texts), begins is not None)
         with self._located(tools):
-            return GrammarConstraint(
-                self._matcher(source.grammar()), self._vocabulary, free, repeated=parallel
-            )
+            matcher = self._matcher(source.grammar())
+        return GrammarConstraint(matcher, self._vocabulary, free, may_stop=True, repeated=parallel)
 
     @contextlib.contextmanager
     def _located(self, tools: Sequence[Tool]) -> Iterator[None]:
@@ -156,12 +161,27 @@ class Grammars:
             )
             if found.is_error():
                 raise ValueError(_reason(found.get_error()))
+            self._try_out(found.deep_copy())
         with self._lock:
             self._compiled[grammar] = found
             self._compiled.move_to_end(grammar)
             while len(self._compiled) > self._cache:
                 self._compiled.popitem(last=False)
             return found.deep_copy()
+
+    def _try_out(self, matcher: Any) -> None:
+        """Raises ValueError for a grammar that meets a limit where it begins.
+
+        That is where limits are met: all the names of an object, or all of an expression, at once.
+        """
+        allowed = np.unpackbits(_mask(matcher), bitorder="little")
+        allowed[list(self._vocabulary.stop_ids)] = 0
+        for first in ([int(allowed.argmax())], self._vocabulary.split(b'{"')):
+            begun = matcher.deep_copy()
+            taken = begun.try_consume_tokens(first)
+            _check(begun)
+            if taken == len(first):
+                _mask(begun)
 
     def _locate(self, schema: Any, why: str) -> UnsupportedSchema:
         """The innermost place that fails by itself; llguidance's messages name none."""
@@ -193,6 +213,24 @@ def _reason(error: str) -> str:
     return "cannot be used: " + " ".join(text.split())
 
 
+def _mask(matcher: Any) -> NDArray[np.uint8]:
+    mask = matcher.compute_bitmask()
+    _check(matcher)
+    return np.frombuffer(mask, dtype=np.uint8)
+
+
+def _check(matcher: Any) -> None:
+    if matcher.is_error():
+        raise ValueError(f"cannot be used: {_limit(matcher.get_error())}")
+
+
+def _limit(error: str) -> str:
+    """llguidance's message about a limit in words that need no knowledge of its parser."""
+    if row := _ROW.search(error):
+        return f"it can go on in {row[1]} ways at one place, and {row[2]} are accepted"
+    return "its patterns or lengths are too complex to follow"
+
+
 def _check_size(name: str, text: str) -> None:
     if len(text) > MAX_TEXT:
         raise ValueError(f"{name}: {len(text)} characters; {MAX_TEXT} are accepted")
@@ -201,6 +239,7 @@ def _check_size(name: str, text: str) -> None:
 class GrammarConstraint:
     """A `Constraint` (request.py): free text up to a place, if there is any, then a grammar.
 
+    `may_stop`: the free text may be all there is; otherwise the end waits for the grammar's.
     `repeated`: after what the grammar describes, the last of the free text's places may come again.
     Made by `Grammars`.
     """
@@ -211,12 +250,14 @@ class GrammarConstraint:
         vocabulary: _Vocabulary,
         free: FreeText | None,
         *,
+        may_stop: bool = False,
         repeated: bool = False,
     ) -> None:
         self._fresh = matcher
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._free = free
+        self._may_stop = may_stop
         self._repeated = repeated
         self._place = None if free is None else free.start  # None: the grammar holds
         self._stopped = False
@@ -235,7 +276,7 @@ class GrammarConstraint:
             return self._free_mask(self._free.overshooting(self._place))
         mask = np.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=np.int32)
         if self._matcher.is_error():
-            raise GrammarFailed(self._matcher.get_error().strip())
+            raise _failed(self._matcher)
         mask = self._vocabulary.fit(mask)
         if not mask.any():
             raise GrammarFailed("no token of the vocabulary keeps to the grammar")
@@ -260,7 +301,7 @@ class GrammarConstraint:
             raise self._refused(token)
         if token in self._vocabulary.stop_ids:
             # The matcher never sees them: a finished one takes no more, and free text is not its.
-            if self._place is None and not self._matcher.is_accepting():
+            if not (self._may_stop if self._place is not None else self._matcher.is_accepting()):
                 raise self._refused(token)
             self._stopped = True
             return 0
@@ -284,7 +325,7 @@ class GrammarConstraint:
         # consume_token would leave the matcher in an error that cannot be rolled back.
         if (taken := matcher.try_consume_tokens(tokens)) != len(tokens):
             if matcher.is_error():
-                raise GrammarFailed(matcher.get_error().strip())
+                raise _failed(matcher)
             matcher.rollback(taken)
             raise self._refused(token)
         return len(tokens)
@@ -293,13 +334,20 @@ class GrammarConstraint:
         return ValueError(f"token {token} is not allowed by the grammar here")
 
     def _free_mask(self, overshooting: Iterable[tuple[int, bytes]]) -> NDArray[np.int32] | None:
-        """All but the tokens that end the free text and go on with what the grammar forbids."""
-        bad = [t for t, rest in overshooting if not self._may_begin(rest)]
-        return self._vocabulary.all_but(bad) if bad else None
+        """All but the tokens that end the free text and go on with what the grammar forbids, and
+        the end itself where it has to wait."""
+        bad = {t for t, rest in overshooting if not self._may_begin(rest)}
+        if not self._may_stop:
+            bad |= self._vocabulary.stop_ids
+        return self._vocabulary.all_but(frozenset(bad)) if bad else None
 
     def _may_begin(self, rest: bytes) -> bool:
         tokens = self._vocabulary.split(rest)
         return bool(self._fresh.validate_tokens(tokens) == len(tokens))
+
+
+def _failed(matcher: Any) -> GrammarFailed:
+    return GrammarFailed(f"the grammar cannot be followed further: {_limit(matcher.get_error())}")
 
 
 class _Vocabulary:
@@ -322,6 +370,7 @@ class _Vocabulary:
             t.content: i for i, t in added.items() if self.tokenizer.is_special_token(i)
         }
         self.free_text = functools.cache(self._free_text)
+        self._others = functools.lru_cache(64)(self._all_but)
 
     def literal(self, text: str) -> str:
         """`text` as a Lark rule needs it: its token if it is a special one, otherwise its bytes."""
@@ -349,7 +398,10 @@ class _Vocabulary:
     def stop_mask(self) -> NDArray[np.int32]:
         return self._packed(self.stop_ids)
 
-    def all_but(self, tokens: Collection[int]) -> NDArray[np.int32]:
+    def all_but(self, tokens: frozenset[int]) -> NDArray[np.int32]:
+        return self._others(tokens).copy()  # torch wants arrays that may be written
+
+    def _all_but(self, tokens: frozenset[int]) -> NDArray[np.int32]:
         return self._exists & ~self._packed(tokens)
 
     def _packed(self, tokens: Iterable[int]) -> NDArray[np.int32]:

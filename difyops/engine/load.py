@@ -13,10 +13,10 @@ from pydantic import ValidationError
 
 from difyops.engine import models
 from difyops.engine.config import SamplingConfig
-from difyops.engine.layout import read_json
+from difyops.engine.layout import DAMAGED, read_json
 from difyops.engine.models.decoder import Decoder
 from difyops.engine.request import SamplingDefaults
-from difyops.engine.tokens import Tokenizer
+from difyops.engine.tokens import Tokenizer, end_ids
 from difyops.engine.weights import Checkpoint, Tensors, fill
 from difyops.errors import PrerequisiteError, UsageError
 from difyops.serving.config import first_error
@@ -99,20 +99,27 @@ def tokenizer_config(directory: Path, config: Mapping[str, Any]) -> dict[str, An
     """What the directory's files say about special tokens and the chat template, in one dict.
 
     `eos_token_id` is all that config.json and generation_config.json name; chat_template.jinja
-    comes before a template in tokenizer_config.json.
+    comes before a template in tokenizer_config.json. Raises PrerequisiteError naming a file that
+    cannot be read, or says no token.
     """
     merged: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (directory / name).is_file():
             merged |= read_json(directory / name)
-    ends: list[Any] = []
-    for source in (_text(config), config, _generation(directory)):
-        raw = source.get("eos_token_id")
-        ends += raw if isinstance(raw, list) else [] if raw is None else [raw]
+    ends: list[int] = []
+    sources = {"config.json": (_text(config), config), _GENERATION: (_generation(directory),)}
+    for name, objects in sources.items():
+        try:
+            ends += [end for one in objects for end in end_ids(one.get("eos_token_id"))]
+        except PrerequisiteError as error:
+            raise PrerequisiteError(f"{directory / name}: {error.message}", error.hint) from None
     merged["eos_token_id"] = ends
     template = directory / "chat_template.jinja"
     if template.is_file():
-        merged["chat_template"] = template.read_text(encoding="utf-8")
+        try:
+            merged["chat_template"] = template.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise PrerequisiteError(f"{template}: {error}", DAMAGED) from error
     return merged
 
 
