@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from difyops.engine.chat import CHATML, ChatTemplate
+from difyops.engine.chat import ChatTemplate
 from difyops.engine.grammar import Grammars
 from difyops.engine.intake import Job, Llm, chat_job, completion_job
 from difyops.engine.protocol import ChatRequest, CompletionRequest, parse
@@ -15,6 +15,7 @@ from difyops.engine.request import FinishReason, Output, SamplingDefaults
 from difyops.engine.tokens import Tokenizer
 from difyops.serving.errors import ApiError
 from tests.engine import tiny
+from tests.engine.test_chat_template import CHATML
 
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
