@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from difyops.engine import lark
 from difyops.engine.chat import CHATML, ChatTemplate
 from difyops.engine.grammar import Grammars
 from difyops.engine.intake import Job, Llm, chat_job, completion_job
@@ -129,6 +130,34 @@ def test_a_field_changes_something(words: Tokenizer, kind: type[Any], field: str
 def test_no_field_is_forgotten(kind: type[Any], effects: dict[str, Any]) -> None:
     taken = {n for n, info in kind.model_fields.items() if info.annotation is not type(None)}
     assert taken - HARMLESS.keys() == effects.keys()
+
+
+@pytest.mark.parametrize(
+    ("make", "body"),
+    [
+        (chat_job, {"messages": HI, "n": 5, "response_format": {"type": "json_object"}}),
+        (chat_job, {"messages": HI, "n": 5, "tools": [TOOL], "tool_choice": "required"}),
+        (completion_job, {"prompt": ["a", "b"], "n": 2, "structured_outputs": {"json": {}}}),
+    ],
+)
+def test_a_grammar_is_written_once_for_all_choices(
+    words: Tokenizer, make: Any, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    plain = lark.from_schema  # a tool's arguments are one, too
+    monkeypatch.setattr(lark, "from_schema", lambda *a, **k: written.append(1) or plain(*a, **k))
+    kind: Any = ChatRequest if make is chat_job else CompletionRequest
+    job = make(llm(words), parse(kind, {"model": "m"} | body))
+    assert len(job.requests) > 3 and len(written) == 1
+    # Each has a place of its own in it.
+    first, second = (request.constraint for request in job.requests[:2])
+    before = second.mask().tobytes()
+    first.advance(next(i for i in range(words.vocabulary) if _allows(first, i)))
+    assert second.mask().tobytes() == before != first.mask().tobytes()
+
+
+def _allows(constraint: Any, token: int) -> bool:
+    return bool(constraint.mask()[token // 32] >> token % 32 & 1)
 
 
 CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
