@@ -7,6 +7,7 @@ and what it would not enforce is refused (schema.py).
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import re
 import threading
@@ -267,6 +268,15 @@ class GrammarConstraint:
     @property
     def finished(self) -> bool:
         return self._stopped or (self._place is None and bool(self._matcher.is_stopped()))
+
+    def fresh(self) -> GrammarConstraint:
+        """Another one of the same grammar, for as long as this one has not advanced."""
+        if self._past:
+            raise ValueError("a constraint that has advanced is not at its beginning")
+        other = copy.copy(self)
+        other._fresh = other._matcher = self._fresh.deep_copy()
+        other._past = []
+        return other
 
     def mask(self) -> NDArray[np.int32] | None:
         """See `Constraint`. Raises GrammarFailed."""

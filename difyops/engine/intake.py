@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from difyops.engine.answer import ChatChoice, Choice, TextChoice, TokenTexts
 from difyops.engine.chat import ChatTemplate
-from difyops.engine.grammar import Grammars
+from difyops.engine.grammar import GrammarConstraint, Grammars
 from difyops.engine.protocol import (
     THINKING_NAMES,
     ChatRequest,
@@ -120,8 +120,9 @@ def chat_job(llm: Llm, asked: ChatRequest) -> Job:
     prompt = _encode(llm, text, "messages")
     sampling = _sampling(llm, asked, len(prompt), "messages")
     requests, choices = [], []
+    of_all = _chat_constraint(llm, asked, tools, form, reasoning=reasoning, inside=inside)
     for index in range(asked.n or 1):
-        constraint = _chat_constraint(llm, asked, tools, form, reasoning=reasoning, inside=inside)
+        constraint = of_all.fresh() if of_all is not None else None
         requests.append(_request(llm, asked, prompt, sampling, index, constraint))
         parser = ChatParser(form, tools, reasoning=reasoning, inside=inside)
         one_call = asked.parallel_tool_calls is False
@@ -134,6 +135,7 @@ def completion_job(llm: Llm, asked: CompletionRequest) -> Job:
     requests: list[Request] = []
     choices = []
     total = 0
+    of_all = _structured(llm, asked.structured_outputs, None)
     for given in asked.prompts:
         prompt = _encode(llm, given, "prompt", bos=True) if isinstance(given, str) else given
         sampling = _sampling(llm, asked, len(prompt), "prompt")
@@ -142,7 +144,7 @@ def completion_job(llm: Llm, asked: CompletionRequest) -> Job:
         echo = given if isinstance(given, str) else llm.tokenizer.decode(given)
         for _ in range(asked.n or 1):
             index = len(requests)
-            constraint = _structured(llm, asked.structured_outputs, None)
+            constraint = of_all.fresh() if of_all is not None else None
             requests.append(_request(llm, asked, prompt, sampling, index, constraint))
             choices.append(
                 TextChoice(index, TokenTexts(llm.tokenizer), echo=echo if asked.echo else "")
@@ -305,7 +307,7 @@ def _chat_constraint(
     *,
     reasoning: bool,
     inside: bool,
-) -> Constraint | None:
+) -> GrammarConstraint | None:
     """`reasoning`: the answer may begin with it; `inside`: the prompt has opened it."""
     after = THINK_CLOSE if reasoning else None
     parallel = asked.parallel_tool_calls is not False
@@ -328,7 +330,9 @@ def _chat_constraint(
     return _structured(llm, asked.structured_outputs, after)
 
 
-def _structured(llm: Llm, wanted: StructuredOutputs | None, after: str | None) -> Constraint | None:
+def _structured(
+    llm: Llm, wanted: StructuredOutputs | None, after: str | None
+) -> GrammarConstraint | None:
     if wanted is None:
         return None
     with _explained("structured_outputs"):

@@ -68,6 +68,12 @@ def _a_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _few(prompts: Any) -> Any:
+    if isinstance(prompts, list) and len(prompts) > MAX_CHOICES and not isinstance(prompts[0], int):
+        raise ValueError(f"more than {MAX_CHOICES} prompts")
+    return prompts
+
+
 Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)]
 Stops = Annotated[
     list[Annotated[str, StringConstraints(min_length=1, max_length=1000)]],
@@ -394,7 +400,10 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
+    prompt: Annotated[
+        str | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)],
+        BeforeValidator(_few),
+    ]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     # OpenAI's fields that this server lacks.

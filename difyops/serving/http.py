@@ -30,7 +30,7 @@ BODY_SECONDS = 60.0
 #: brackets alone would stop every stream for seconds. A text that has as many, quoted, is of
 #: millions of tokens.
 MAX_COMMAS = 1_000_000
-MAX_BRACKETS = 200_000
+MAX_BRACKETS = 100_000
 _HEALTH = frozenset({"/health"})
 
 

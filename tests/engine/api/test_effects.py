@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from difyops.engine import lark
 from difyops.engine.chat import ChatTemplate
 from difyops.engine.grammar import Grammars
 from difyops.engine.intake import Job, Llm, chat_job, completion_job
@@ -29,6 +30,8 @@ TEMPLATE = (
 #: Field -> the request without it, and a value of it.
 EFFECTS: dict[str, tuple[dict[str, Any], Any]] = {
     "n": ({}, 2),
+    "speculate": ({}, False),
+    "cache_salt": ({}, "mine"),
     "max_tokens": ({}, 3),
     "temperature": ({}, 0.5),
     "top_p": ({}, 0.5),
@@ -95,14 +98,13 @@ def seen(job: Job, words: Tokenizer) -> list[Any]:
     found: list[Any] = []
     for request, choice in zip(job.requests, job.choices, strict=True):
         mask = None if request.constraint is None else request.constraint.mask()
-        text = "".join(map(request.text.push, words.encode(CALL * 2, special=False)))
+        text = "".join(map(request.text.push, words.encode(CALL * 2)))
         choice.push(Output(text, (1,), (), FinishReason.STOP))
         answer = choice.whole()
         for call in answer.get("message", {}).get("tool_calls", ()):
             del call["id"]
-        found.append(
-            (request.prompt, request.sampling, None if mask is None else mask.tobytes(), answer)
-        )
+        asked = (request.prompt, request.sampling, request.speculate, request.salt)
+        found.append((*asked, None if mask is None else mask.tobytes(), answer))
     return found
 
 
@@ -130,6 +132,34 @@ def test_a_field_changes_something(words: Tokenizer, kind: type[Any], field: str
 def test_no_field_is_forgotten(kind: type[Any], effects: dict[str, Any]) -> None:
     taken = {n for n, info in kind.model_fields.items() if info.annotation is not type(None)}
     assert taken - HARMLESS.keys() == effects.keys()
+
+
+@pytest.mark.parametrize(
+    ("make", "body"),
+    [
+        (chat_job, {"messages": HI, "n": 5, "response_format": {"type": "json_object"}}),
+        (chat_job, {"messages": HI, "n": 5, "tools": [TOOL], "tool_choice": "required"}),
+        (completion_job, {"prompt": ["a", "b"], "n": 2, "structured_outputs": {"json": {}}}),
+    ],
+)
+def test_a_grammar_is_written_once_for_all_choices(
+    words: Tokenizer, make: Any, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    plain = lark.from_schema  # a tool's arguments are one, too
+    monkeypatch.setattr(lark, "from_schema", lambda *a, **k: written.append(1) or plain(*a, **k))
+    kind: Any = ChatRequest if make is chat_job else CompletionRequest
+    job = make(llm(words), parse(kind, {"model": "m"} | body))
+    assert len(job.requests) > 3 and len(written) == 1
+    # Each has a place of its own in it.
+    first, second = (request.constraint for request in job.requests[:2])
+    before = second.mask().tobytes()
+    first.advance(next(i for i in range(words.vocabulary) if _allows(first, i)))
+    assert second.mask().tobytes() == before != first.mask().tobytes()
+
+
+def _allows(constraint: Any, token: int) -> bool:
+    return bool(constraint.mask()[token // 32] >> token % 32 & 1)
 
 
 CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]

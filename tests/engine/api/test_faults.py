@@ -222,9 +222,10 @@ def test_a_text_that_cannot_fit_is_refused_unread(
         ),
         (
             "chat/completions",
-            b'{"messages":[' + b'{"role":"user","content":"a"},' * 190_000 + b"{}]}",
+            b'{"messages":[' + b'{"role":"user","content":"a"},' * 90_000 + b"{}]}",
             400,
         ),
+        ("completions", b'{"prompt":[' + b"[5]," * 90_000 + b"[5]]}", 400),
         ("embeddings", b'{"input":[' + b"5," * 999_000 + b"5]}", 404),
     ],
 )
