@@ -152,8 +152,9 @@ def test_a_damaged_file_is_exit_3_and_named(
             file.write(b"\xff" * 64)
     server = serve(model)
     assert server.wait() == 3, server.log
-    (wrong,) = [line for line in server.log.splitlines() if "ERROR" in line]
-    assert bad.name in wrong
+    (wrong,) = [line for line in server.log.splitlines() if line.startswith("error: ")]
+    assert str(bad) in wrong and "  Fix: download it again" in server.log
+    assert "listening" not in server.log
     assert "Traceback" not in server.log
 
 
@@ -162,7 +163,10 @@ def test_a_taken_port_is_exit_3(serve: Callable[..., Serve], checkpoint: Path) -
         port = str(taken.getsockname()[1])
         server = serve(checkpoint, "--port", port)
         assert server.wait() == 3
-    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in server.log
+    assert server.log.splitlines() == [
+        f"error: cannot listen on 127.0.0.1:{port}: Address already in use",
+        f"  Fix: --port 0 takes any that is free; or stop what listens on {port}",
+    ]
 
 
 def test_pages_for_less_than_one_context_are_refused(checkpoint: Path) -> None:

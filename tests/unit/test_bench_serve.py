@@ -78,7 +78,7 @@ def diary(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     }
 
     @contextmanager
-    def running(url: str, key: object) -> Iterator[peers.Target]:
+    def running(url: str) -> Iterator[peers.Target]:
         if url not in servers:
             raise DifyopsError(f"{url} cannot be reached", "start it")
         yield servers[url]
