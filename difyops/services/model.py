@@ -291,7 +291,7 @@ def _check_readable(deployment: Deployment, found: Path) -> None:
 
 def _told(deployment: Deployment, names: list[str]) -> str:
     size = sum(file.bytes for file in _files(names))
-    parts = [f"{', '.join(names)}: {size / 1e6:.0f} MB, hashes verified"] if names else []
+    parts = [f"{', '.join(names)}: {size / 1e6:.0f} MB, verified"] if names else []
     if source := deployment.settings.model.source:
         parts.insert(0, f"{deployment.settings.model.name} from {source}, header read")
     return "; ".join(parts)
