@@ -328,6 +328,8 @@ class ChatView:
 
     def waiting(self, seconds: float) -> None:
         if not self._waits:
+            if self._aside.is_terminal:
+                self.note("the server is loading its model; waiting for it")
             self._lines.started("model")
             self._waits = True
         self._lines.detail("model", f"loading, {seconds:.0f} s")

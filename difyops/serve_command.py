@@ -46,14 +46,19 @@ def serve(
             "it; in the environment they cannot.",
         ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The model's id for clients.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The model's id for clients; without it: the last part of MODEL."),
+    ] = None,
     embedding: Annotated[
         str | None, typer.Option(help="An embedding model of the catalog, served beside it.")
     ] = None,
     context: Annotated[
         int | None, typer.Option(min=16, help="Tokens of one request; without it: the model's.")
     ] = None,
-    slots: Annotated[int | None, typer.Option(min=1, help="Requests at a time.")] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Requests at a time; without it: 16.")
+    ] = None,
     pages: Annotated[
         int | None,
         typer.Option(
@@ -63,10 +68,10 @@ def serve(
         ),
     ] = None,
     prefill_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of prompts read in one step.")
+        int | None, typer.Option(min=1, help="Tokens of prompts read in one step; without it: 512.")
     ] = None,
     max_waiting: Annotated[
-        int | None, typer.Option(min=0, help="Requests that may wait; then 429.")
+        int | None, typer.Option(min=0, help="Requests that may wait; then 429. Without it: 256.")
     ] = None,
     speculate: Annotated[
         str,
@@ -84,7 +89,13 @@ def serve(
             "eighth of the free memory.",
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            help="Of the weights. auto: float32 on a CPU; on a GPU float32 for a checkpoint in "
+            "float32, else bfloat16."
+        ),
+    ] = Dtype.auto,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="On a CPU; without it: the CPUs less one.")
@@ -94,13 +105,19 @@ def serve(
         typer.Option(help="Where downloads are kept; without it: ~/.cache/difyops/models."),
     ] = None,
 ) -> None:
-    """Serve a model on difyops' own engine, OpenAI-compatible, until Ctrl-C."""
+    """Serve a model on difyops' own engine, OpenAI-compatible, until Ctrl-C.
+
+    Running answers then have 3.5 s to finish; a second Ctrl-C cuts them. Exit codes: 0 after Ctrl-C
+    or SIGTERM, 1 the engine failed, 2 wrong usage, 3 it could not start.
+    """
     from difyops.engine import config
     from difyops.engine.serve import serve as run
     from difyops.engine.sources import default_cache
     from difyops.serving.process import log_to_stderr
 
     log_to_stderr()
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"device: {device!r} is none of cpu, cuda, cuda:N, auto", "--device auto")
     wanted = config.from_flags(
         model,
         server={"host": host, "port": port, "api_key": api_key},

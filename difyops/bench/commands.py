@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +33,7 @@ def serve(
         list[str] | None,
         typer.Option(
             help="A server that runs (…/v1); may be repeated. Their key, if they want one, is "
-            "taken from DIFYOPS_MODEL_API_KEY."
+            "taken from DIFYOPS_MODEL_API_KEY, on this machine else from DIFYOPS_API_KEY."
         ),
     ] = None,
     peer: Annotated[
@@ -53,14 +52,11 @@ def serve(
     """Throughput, time to first token and inter-token latency of model servers, as ratios."""
     from difyops import report
     from difyops.bench import serve as serving
-    from difyops.init import KEY_VARIABLE
-    from difyops.secrets import Secret
     from difyops.serving.process import default_threads
 
-    key = os.environ.get(KEY_VARIABLE)
     wanted = serving.Wanted(
         model, tuple(dict.fromkeys(url or ())), tuple(dict.fromkeys(peer or ())), _numbers(streams),
-        tokens, prompt_tokens, threads or default_threads(), Secret(key) if key else None,
+        tokens, prompt_tokens, threads or default_threads(),
     )  # fmt: skip
     progress = report.Lines()
     try:

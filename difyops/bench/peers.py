@@ -20,7 +20,7 @@ import httpx
 
 from difyops.bench.load import FEWEST_WORDS, HttpServer, Round, prompt, sample
 from difyops.errors import DifyopsError, PrerequisiteError
-from difyops.openai_client import Endpoint, Message, Refused, chat_models, connection
+from difyops.openai_client import Endpoint, Message, Refused, chat_models, connection, key_for
 from difyops.secrets import Secret
 
 #: Seconds until a server that was started must be ready.
@@ -52,9 +52,9 @@ def native(model: str, threads: int, slots: int) -> Iterator[Target]:
 
 
 @contextmanager
-def running(url: str, key: Secret | None) -> Iterator[Target]:
-    """A server that somebody else started, and its only chat model."""
-    yield _ending_late(url, key, url)
+def running(url: str) -> Iterator[Target]:
+    """A server that somebody else started, and its only chat model; the key is key_for's."""
+    yield _ending_late(url, key_for(url), url)
 
 
 def _ending_late(name: str, key: Secret | None, url: str) -> Target:

@@ -22,7 +22,7 @@ from difyops.serving.errors import ApiError
 from difyops.serving.http import application, json_object, read_body
 from difyops.serving.protocol import model_name
 
-_QUIET = frozenset({"/health", "/metrics"})
+_QUIET = frozenset({"/health", "/metrics", "/v1/models"})
 
 
 def create_app(service: Service) -> Starlette:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,13 @@ from pydantic import ValidationError
 
 from difyops.engine import models
 from difyops.engine.config import SamplingConfig
-from difyops.engine.layout import DAMAGED, read_json
+from difyops.engine.layout import DAMAGED, located, read_json
 from difyops.engine.models.decoder import Decoder
 from difyops.engine.request import SamplingDefaults
 from difyops.engine.tokens import Tokenizer, end_ids
 from difyops.engine.weights import Checkpoint, Tensors, fill
 from difyops.errors import PrerequisiteError, UsageError
 from difyops.serving.config import first_error
-
-_log = logging.getLogger(__name__)
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -54,9 +51,14 @@ def load(path: Path, *, dtype: str | None = None, device: str = "cpu") -> Loaded
     """
     place = _device(device)
     checkpoint, config, tokenizer = _read(path)
-    family = models.family(config)
-    with torch.device("meta"):
-        model = family.build(config)
+    try:
+        family = models.family(config)
+        with torch.device("meta"):
+            model = family.build(config)
+    except UsageError as error:
+        if path.is_dir():
+            raise located(path, error) from error
+        raise
     if tokenizer.vocabulary > model.shape.vocabulary:
         raise PrerequisiteError(
             f"{path}: the tokenizer has {tokenizer.vocabulary} tokens, "
@@ -65,7 +67,7 @@ def load(path: Path, *, dtype: str | None = None, device: str = "cpu") -> Loaded
         )
     fill(model, checkpoint, family.rename, _dtype(dtype, config, place), place)
     model.eval()
-    loaded = Loaded(
+    return Loaded(
         model,
         tokenizer,
         model.shape.context,
@@ -73,8 +75,6 @@ def load(path: Path, *, dtype: str | None = None, device: str = "cpu") -> Loaded
         sum(parameter.numel() for parameter in model.parameters()),
         sampling_defaults(path),
     )
-    _log.info("loaded %s: %s, %d parameters", path.name, family.name, loaded.parameters)
-    return loaded
 
 
 def _read(path: Path) -> tuple[Tensors, Mapping[str, Any], Tokenizer]:

@@ -13,6 +13,7 @@ from difyops.engine import load as checkpoints
 from difyops.engine.chat import ChatTemplate
 from difyops.engine.config import LlmConfig
 from difyops.engine.grammar import Grammars
+from difyops.engine.headers import check_context
 from difyops.engine.intake import Llm
 from difyops.engine.models.decoder import Decoder
 from difyops.engine.runner import Engine
@@ -32,6 +33,8 @@ def load_model(config: LlmConfig) -> checkpoints.Loaded:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(config.threads or process.default_threads())
     path = resolve(config.model, config.cache or default_cache(), log.info)
+    if path.is_dir():
+        path = path.resolve()  # a deployment's link has no name that a person knows
     return checkpoints.load(path, dtype=config.dtype, device=device)
 
 
@@ -39,12 +42,8 @@ def open_llm(config: LlmConfig) -> Llm:
     """A loaded model whose engine runs and is warm. Raises DifyopsError."""
     loaded = load_model(config)
     words, model = loaded.tokenizer, loaded.model
+    check_context(config.context, config.id, loaded.context)
     context = config.context or loaded.context
-    if context > loaded.context:
-        raise UsageError(
-            f"context: {context} tokens were asked for, and {config.id} has {loaded.context}",
-            f"ask for {loaded.context} or less, or leave it out",
-        )
     drafter = _drafter(config, model)
     pages = config.pages or default_pages(model, drafter, config.slots, context)
     if pages < (needed := _full(model, drafter, context)):
@@ -74,9 +73,34 @@ def open_llm(config: LlmConfig) -> Llm:
         engine.warm_up()
     except (ValueError, RuntimeError, MemoryError) as error:
         raise PrerequisiteError(f"cannot serve {config.id} from {config.model}: {error}") from error
+    log.info("%s: %s", config.id, about(engine))
     engine.start()
     defaults = replace(loaded.sampling, **config.sampling.given())
     return Llm(config.id, engine, words, template, grammars, defaults)
+
+
+def about(engine: Engine) -> str:
+    """One line: where the model runs, and what it may take."""
+    weights = list(engine.model.parameters())
+    device, dtype = engine.device, str(engine.model.embed.weight.dtype).removeprefix("torch.")
+    stats, threads = engine.stats(), torch.get_num_threads()
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    parts = [str(device), dtype]
+    if device.type == "cpu":
+        parts.append(f"{threads} thread{'' if threads == 1 else 's'}")
+    parts += [f"{stats.slots} slots", f"{engine.context} tokens of context"]
+    if stats.pages:
+        parts.append(
+            f"up to {_gib(stats.pages * PAGE_SIZE * stats.token_bytes)} of keys and values"
+        )
+    if stats.slot_bytes:
+        parts.append(f"{_gib(stats.slots * stats.slot_bytes)} of states")
+    count = sum(weight.numel() for weight in weights)
+    return ", ".join([*parts, f"{_gib(size)} of weights ({count:,} parameters)"])
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _drafter(config: LlmConfig, model: Decoder) -> Drafter | None:

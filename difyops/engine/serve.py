@@ -14,10 +14,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
-from difyops.engine.config import EngineConfig
+from difyops.backends import reachable
+from difyops.engine.config import EngineConfig, LlmConfig
 from difyops.errors import (
     EXIT_CANNOT_START,
     EXIT_FAILED,
@@ -53,6 +55,8 @@ def serve(config: EngineConfig) -> int:
     process.require(needed, "engine")
     if config.key is None and not _is_loopback(config.host):
         log.warning("%s without an API key: whoever reaches it may use it", config.host)
+    if config.llm is not None:
+        check(config.llm)
     with process.listen(config.host, config.port) as listener:
         code = asyncio.run(_serve(config, listener))
     if _loader_runs():
@@ -60,6 +64,19 @@ def serve(config: EngineConfig) -> int:
         logging.shutdown()
         os._exit(code)
     return code
+
+
+def check(config: LlmConfig) -> None:
+    """What can be known of a model without downloading or loading it. Raises DifyopsError."""
+    from difyops import catalog
+    from difyops.engine import headers, sources
+
+    if config.model in catalog.names():
+        entry = catalog.get_llm(config.model)  # or says that it is no chat model
+        headers.check_context(config.context, config.id, entry.trained_context)
+    elif not sources.is_download(config.model):
+        path = sources.resolve(config.model, config.cache or sources.default_cache(), log.info)
+        headers.look(path, config.id, config.context)
 
 
 def _is_loopback(host: str) -> bool:
@@ -81,6 +98,11 @@ class _Server(process.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._service.draining:  # asked a second time
             self._service.stopping.set()
+        elif running := self._service.active:
+            answers = "1 answer has" if running == 1 else f"{running} answers have"
+            log.info("stopping: %s %.1f s to finish", answers, process.FINISH)
+        else:
+            log.info("stopping")
         self._service.draining = True
         super().handle_exit(sig, frame)
 
@@ -94,8 +116,9 @@ async def _serve(config: EngineConfig, listener: socket.socket) -> int:
 
     service = Service(config)
     server = _Server(service)
-    log.info("listening on http://%s:%d", config.host, listener.getsockname()[1])
-    keeper = asyncio.create_task(_keep(service, server))
+    port = listener.getsockname()[1]
+    log.info("listening on http://%s:%d", config.host, port)
+    keeper = asyncio.create_task(_keep(service, server, port))
     try:
         await server.serve(sockets=[listener])
         # The keeper has an exit code only if it was the one that ended the service.
@@ -105,9 +128,10 @@ async def _serve(config: EngineConfig, listener: socket.socket) -> int:
         await asyncio.wait((keeper,))
         if service.llm is not None:
             await asyncio.to_thread(service.llm.engine.stop)
+        log.info("stopped")
 
 
-async def _keep(service: Service, server: _Server) -> int:
+async def _keep(service: Service, server: _Server, port: int) -> int:
     """Load, then watch. Returns only when the service cannot go on, with the exit code."""
     began = time.monotonic()
     try:
@@ -122,9 +146,15 @@ async def _keep(service: Service, server: _Server) -> int:
         code = EXIT_CANNOT_START
     else:
         service.ready = True
-        for entry in service.describe():
+        if service.embedder is not None:
+            entry = service.describe()[-1]
             log.info("%s: %d tokens of context", entry["id"], entry["context_length"])
         log.info("ready after %.1f s", time.monotonic() - began)
+        if service.llm is not None:
+            key = " (with DIFYOPS_API_KEY set there, too)" if service.config.key else ""
+            log.info(
+                "ask it: difyops chat --url %s/v1%s", reachable(service.config.host, port), key
+            )
         log.error("the engine ended: %s", await _watch(service))
         code = EXIT_FAILED
     service.ready = False
@@ -143,10 +173,18 @@ def load(service: Service) -> None:
             embedding.model, embedding.tokenizer, embedding.max_tokens, embedding.threads
         )
     if config.llm is not None:
-        from difyops.engine.opening import open_llm
+        log.info("loading %s", _called(config.llm))
+        from difyops.engine.opening import open_llm  # torch takes seconds
 
         service.llm = open_llm(config.llm)
         service.metrics.watch(service.llm.engine)
+
+
+def _called(config: LlmConfig) -> str:
+    """The model as a person knows it; a deployment's link has a name that says nothing."""
+    link = Path(config.model)
+    source = str(link.readlink()) if link.is_symlink() else config.model
+    return config.id if source == config.id else f"{config.id} from {source}"
 
 
 async def _watch(service: Service) -> str:
@@ -155,20 +193,25 @@ async def _watch(service: Service) -> str:
         for_ever: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         return await for_ever
     engine = service.llm.engine
-    before, since = engine.stats(), time.monotonic()
+    before = last = engine.stats()
+    since = looked = time.monotonic()
+    busy = 0.0  # seconds in which the engine made steps
     while engine.failure is None:
         await asyncio.sleep(LOOK_EVERY)
-        if (passed := time.monotonic() - since) < STATUS_EVERY:
+        now, moment = engine.stats(), time.monotonic()
+        if now.counters.steps > last.counters.steps:
+            busy += moment - looked
+        last, looked = now, moment
+        if moment - since < STATUS_EVERY:
             continue
-        now = engine.stats()
-        if now.counters.steps > before.counters.steps:
-            log.info("%s", status_line(before, now, passed))
-        before, since = now, time.monotonic()
+        if busy:
+            log.info("%s", status_line(before, now, busy))
+        before, since, busy = now, moment, 0.0
     return engine.failure
 
 
 def status_line(before: Stats, now: Stats, seconds: float) -> str:
-    """What the engine did between two moments."""
+    """What the engine did between two moments, in the `seconds` in which it made steps."""
 
     def rate(name: str) -> str:
         each = (getattr(now.counters, name) - getattr(before.counters, name)) / seconds

@@ -49,6 +49,12 @@ def default_cache() -> Path:
     return Path(root) / "difyops" / "models"
 
 
+def is_download(model: str) -> bool:
+    """Whether `model` may have to be fetched: all but a path."""
+    scheme, colon, _ = model.partition(":")
+    return bool(colon and scheme in _SCHEMES) or model in catalog.names()
+
+
 def resolve(model: str, cache: Path, progress: Progress) -> Path:
     """The directory (Hugging Face's layout) or .gguf file that `model` means, downloaded if needed.
 

@@ -9,7 +9,13 @@ from urllib.parse import urlsplit
 from difyops import backends, catalog, identity, loopback, modelsource
 from difyops.backends import EmbeddingSpec, LlmSpec, Spec
 from difyops.core import Deployment, File, NotReady, Process, Service, Step
-from difyops.errors import DifyopsError, PrerequisiteError, UsageError
+from difyops.errors import (
+    EXIT_CANNOT_START,
+    EXIT_USAGE,
+    DifyopsError,
+    PrerequisiteError,
+    UsageError,
+)
 from difyops.files import digest
 
 if TYPE_CHECKING:
@@ -43,6 +49,7 @@ def declare(deployment: Deployment) -> Service:
                 "PATH": "/usr/local/bin:/usr/bin:/bin",
                 "HOME": str(deployment.paths.data / "home"),
             },
+            in_vain=(EXIT_USAGE, EXIT_CANNOT_START),
             inputs=digest(
                 deployment.facts.server
                 + str(deployment.settings.model.source)
@@ -195,7 +202,7 @@ def _files(names: list[str]) -> list[catalog.ModelFile]:
 
 def files_done(deployment: Deployment) -> str | None:
     names = _cataloged(deployment)
-    if deployment.settings.model.source and not source_link(deployment).exists():
+    if deployment.settings.model.source and not _source_is_good(deployment):
         return None
     if all(modelsource.has_model(name, models_folder(deployment)) for name in names):
         return _told(deployment, names)
@@ -214,6 +221,32 @@ def fetch_files(deployment: Deployment, log: StepLog) -> str:
     if folder.is_dir():
         folder.chmod(0o755)
     return _told(deployment, names)
+
+
+def _source_is_good(deployment: Deployment) -> bool:
+    """Whether what `model.source` links to is there and looks like a model still."""
+    link = source_link(deployment)
+    try:
+        if link.exists():
+            _look(deployment, link.readlink())
+            return True
+    except (DifyopsError, OSError):
+        pass  # the step is done again, and says why
+    return False
+
+
+def _look(deployment: Deployment, found: Path) -> None:
+    # Imported here: it brings the engine's readers.
+    from difyops.engine import headers
+
+    wanted = deployment.settings.model
+    try:
+        headers.look(found, wanted.name, wanted.context)
+    except DifyopsError as error:
+        hint = f"{error.hint}; " if error.hint else ""
+        raise type(error)(
+            f"difyops.yaml: model.source: {error.message}", f"{hint}nothing was stopped"
+        ) from error
 
 
 def _let_read(folder: Path) -> None:
@@ -238,6 +271,7 @@ def _link_source(deployment: Deployment, log: StepLog) -> None:
     if found.is_relative_to(link.parent):
         _let_read(link.parent / found.relative_to(link.parent).parts[0])
     _check_readable(deployment, found)
+    _look(deployment, found)
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(found.absolute())
@@ -259,5 +293,5 @@ def _told(deployment: Deployment, names: list[str]) -> str:
     size = sum(file.bytes for file in _files(names))
     parts = [f"{', '.join(names)}: {size / 1e6:.0f} MB, verified"] if names else []
     if source := deployment.settings.model.source:
-        parts.insert(0, f"{deployment.settings.model.name} from {source}")
+        parts.insert(0, f"{deployment.settings.model.name} from {source}, header read")
     return "; ".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
@@ -35,6 +36,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 log_config=None,
+                lifespan="off",  # we have none; a second Ctrl-C would leave its traceback
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=CANCEL,
@@ -92,6 +94,9 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        taken = error.errno == errno.EADDRINUSE
         raise PrerequisiteError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}"
+            f"cannot listen on {host}:{port}: {why}",
+            f"--port 0 takes any that is free; or stop what listens on {port}" if taken else None,
         ) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import re
 import shutil
 import signal
@@ -116,9 +118,77 @@ def test_a_server_with_an_embedding_and_a_key(
     assert KEY not in " ".join(psutil.Process(server.process.pid).cmdline())
     server.process.send_signal(signal.SIGINT)
     assert server.wait(10) == 0, server.log
+    about = r"tiny: cpu, float32, 1 thread, 16 slots, 300 tokens of context, up to .*of keys and "
+    assert re.search(
+        about + r"values, .* of states, .* of weights \([\d,]+ parameters\)", server.log
+    )
+    last = [line.split(" ", 3)[3] for line in server.log.splitlines()[-2:]]
+    assert last == ["stopping", "stopped"]
+    assert "GET /v1/models" not in server.log
     assert KEY not in server.log
     assert "Traceback" not in server.log
     assert "WARNING" not in server.log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["smollm2-135m", "--context", "9000"], 2, "smollm2-135m has 8192"),
+        (["{}", "--context", "513"], 2, "513 tokens were asked for, and tiny has 512"),
+        (["{}", "--device", "gpu"], 2, "device: 'gpu' is none of cpu, cuda, cuda:N, auto"),
+        (["{}", "--embedding", "bogus"], 2, "Fix: embedding models: minilm-l6"),
+    ],
+)
+def test_what_can_be_known_is_told_before_it_listens(
+    arguments: list[str], code: int, said: str, serve: Callable[..., Serve], checkpoint: Path
+) -> None:
+    server = serve(*(a.format(checkpoint) for a in arguments))
+    assert server.wait() == code
+    assert server.log.startswith("error: ") and said in server.log
+    assert len(server.log.splitlines()) == 2
+
+
+def test_a_second_ctrl_c_on_a_terminal_leaves_no_traceback(checkpoint: Path) -> None:
+    ours, theirs = pty.openpty()
+    code = (
+        "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "from difyops import cli; cli.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "serve", str(checkpoint), "--port", "0", "--threads"]
+    child = subprocess.Popen(
+        [*command, "1"], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    shown: list[str] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while data := os.read(ours, 4096):
+                shown.append(data.decode())
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        until(lambda: "ask it: difyops chat --url" in "".join(shown), 60, lambda: "".join(shown))
+        found = re.search(r"--url (http://\S+/v1)", "".join(shown))
+        assert found
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "stream": True,
+                "ignore_eos": True, "max_tokens": 450}  # fmt: skip
+        with httpx.stream("POST", f"{found[1]}/chat/completions", json=body, timeout=30) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            os.write(ours, b"\x03")
+            until(lambda: "stopping" in "".join(shown), 10, lambda: "".join(shown))
+            os.write(ours, b"\x03")
+            assert any("server_stopping" in line for line in lines)
+        assert child.wait(15) == 0
+        reader.join(5)
+    finally:
+        child.kill()
+        child.wait()
+        os.close(ours)
+    assert "stopped" in "".join(shown)
+    assert "Traceback" not in "".join(shown) and "Error" not in "".join(shown)
 
 
 def test_an_unknown_model_names_what_is_near(serve: Callable[..., Serve]) -> None:
@@ -152,8 +222,9 @@ def test_a_damaged_file_is_exit_3_and_named(
             file.write(b"\xff" * 64)
     server = serve(model)
     assert server.wait() == 3, server.log
-    (wrong,) = [line for line in server.log.splitlines() if "ERROR" in line]
-    assert bad.name in wrong
+    (wrong,) = [line for line in server.log.splitlines() if line.startswith("error: ")]
+    assert str(bad) in wrong and "  Fix: download it again" in server.log
+    assert "listening" not in server.log
     assert "Traceback" not in server.log
 
 
@@ -162,7 +233,10 @@ def test_a_taken_port_is_exit_3(serve: Callable[..., Serve], checkpoint: Path) -
         port = str(taken.getsockname()[1])
         server = serve(checkpoint, "--port", port)
         assert server.wait() == 3
-    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in server.log
+    assert server.log.splitlines() == [
+        f"error: cannot listen on 127.0.0.1:{port}: Address already in use",
+        f"  Fix: --port 0 takes any that is free; or stop what listens on {port}",
+    ]
 
 
 def test_pages_for_less_than_one_context_are_refused(checkpoint: Path) -> None:

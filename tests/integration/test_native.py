@@ -89,7 +89,7 @@ def test_a_model_of_ones_own(native: Cli, edit: Callable[..., None]) -> None:
     edit(source="mine/tiny", name="tiny")
     up = native("up", "--source")
     assert up.returncode == 0, up.stderr
-    assert "tiny from mine/tiny; minilm-l6" in up.stderr
+    assert "tiny from mine/tiny, header read; minilm-l6" in up.stderr
     after = states(native)
     assert [n for n in after if after[n].pid != before[n].pid] == ["model"]
     deployment = load(native.root)
@@ -115,6 +115,7 @@ def test_a_model_of_ones_own(native: Cli, edit: Callable[..., None]) -> None:
         ("smolm2-135m", 2, "did you mean smollm2-135m?"),
         ("etc", 3, "holds neither config.json nor a .gguf file"),
         ("difyops.yaml", 3, "difyops.yaml: not a .gguf file"),
+        ("mine/junk.gguf", 3, "junk.gguf: not a GGUF file"),
         ("hf:nonsense", 2, "hf:nonsense is not of the form hf:OWNER/NAME"),
     ],
 )
@@ -122,6 +123,8 @@ def test_a_wrong_source_stops_nothing(
     source: str, code: int, said: str, native: Cli, edit: Callable[..., None]
 ) -> None:
     before = states(native)
+    (native.root / "mine").mkdir(exist_ok=True)
+    (native.root / "mine/junk.gguf").write_bytes(b"junk" * 100)
     edit(source=source, name="mine")
     up = native("up", "--source")
     assert up.returncode == code, up.stderr
@@ -131,12 +134,33 @@ def test_a_wrong_source_stops_nothing(
 
 
 def test_more_context_than_the_model_has(native: Cli, edit: Callable[..., None]) -> None:
-    """Known only once it is read: the server says so, and `up` shows it."""
+    """Read from the header: nothing is stopped for it."""
+    before = states(native)
     checkpoint(native.root / "mine/short")
     edit(source="mine/short", name="short", context=513)
     up = native("up", "--source")
-    assert up.returncode == 1, up.stderr
+    assert up.returncode == 2, up.stderr
+    assert states(native)["model"].pid == before["model"].pid
     assert "context: 513 tokens were asked for, and short has 512" in up.stderr
+
+
+def test_weights_of_another_model_are_told_after_one_start(
+    native: Cli, edit: Callable[..., None]
+) -> None:
+    """Their headers are in order; `up` and doctor show what the server itself says."""
+    wrong = checkpoint(native.root / "mine/wrong") / "config.json"
+    wrong.write_text(json.dumps(json.loads(wrong.read_text()) | {"mlp_hidden": 41}))
+    edit(source="mine/wrong", name="wrong")
+    up = native("up", "--source")
+    assert up.returncode == 1, up.stderr
+    said = "config.json and the weights are of different models"
+    (error,) = [line for line in up.stderr.splitlines() if line.startswith("error:")]
+    assert error.startswith("error: model cannot start: ") and said in error
+    assert "listening" in up.stderr and "ready after" not in up.stderr  # only of this run
+    assert len((native.root / "run/model.starts").read_text().splitlines()) <= 2
+    doctor = json.loads(native("doctor", "--only", "model.up", "--json").stdout)
+    (found,) = [c for c in doctor["checks"] if c["id"] == "model.up"]
+    assert said in found["evidence"] and "model.source (mine/wrong)" in found["fix"]
 
 
 @needs_root
