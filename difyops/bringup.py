@@ -98,7 +98,7 @@ def run(
             wired = proof.wire(deployment, progress)
         # With wiring, the chat was proved just now: asking again would only take longer. Without,
         # there is nothing to look at that wiring makes.
-        every = [check for check in checks.ALL if check not in checks.CHAT]
+        every = [c for c in checks.ALL if c not in (*checks.CHAT, *checks.EXACT)]
         if not wire:
             every = [check for check in every if check not in checks.WIRED]
         return BroughtUp(deployment, preflight, wired, _examine(deployment, every, progress))

@@ -86,22 +86,25 @@ def names(kind: Literal["llm", "embedding"] | None = None) -> list[str]:
     return sorted(n for n, model in load().models.items() if kind in (None, model.kind))
 
 
-def get(name: str) -> Llm | Embedding:
+def get(name: str, kind: Literal["llm", "embedding"] | None = None) -> Llm | Embedding:
     """The entry called `name`.
 
-    Raises UsageError, naming the nearest known name (or all of them) as the remedy.
+    Raises UsageError, naming as the remedy the nearest known name (or all of them), those of
+    `kind` if it is given.
     """
     models = load().models
     if name in models:
         return models[name]
-    near = difflib.get_close_matches(name.lower(), models, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else f"known models: {', '.join(sorted(models))}"
+    known = names(kind)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+    what = {"llm": "chat models", "embedding": "embedding models", None: "known models"}[kind]
+    hint = f"did you mean {near[0]}?" if near else f"{what}: {', '.join(known)}"
     raise UsageError(f"no model called {name!r} in the catalog", hint)
 
 
 def get_llm(name: str) -> Llm:
     """The chat model called `name`; raises UsageError when it is unknown or of another kind."""
-    model = get(name)
+    model = get(name, "llm")
     if not isinstance(model, Llm):
         raise UsageError(
             f"{name} is an embedding model, not a chat model",
@@ -112,7 +115,7 @@ def get_llm(name: str) -> Llm:
 
 def get_embedding(name: str) -> Embedding:
     """The embedding model called `name`; raises UsageError when unknown or of another kind."""
-    model = get(name)
+    model = get(name, "embedding")
     if not isinstance(model, Embedding):
         raise UsageError(
             f"{name} is a chat model, not an embedding model",

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from difyops import openai_client
 from difyops.errors import DifyopsError, UsageError
-from difyops.init import KEY_VARIABLE
 from difyops.openai_client import Endpoint, Event, Message, Refused
-from difyops.secrets import Secret
 from difyops.services import model as service
 
 if TYPE_CHECKING:
@@ -192,8 +189,7 @@ def begin(
         base, key = service.llm_url(deployment), service.llm_key(deployment)
         model = model or deployment.settings.model.name
     elif url is not None:
-        value = os.environ.get(KEY_VARIABLE)
-        base, key = url.rstrip("/"), Secret(value) if value else None
+        base, key = url.rstrip("/"), openai_client.key_for(url)
     else:
         raise UsageError("a conversation needs a deployment or a URL")
     with httpx.Client(**openai_client.connection(base, key)) as client:
@@ -214,6 +210,32 @@ def only_model(
     raise UsageError(
         f"{url} has {len(found)} models", f"name one with --model: {', '.join(found[:20])}"
     )
+
+
+def question(asked: str | None, piped: bytes | None) -> str | None:
+    """What is asked once: the text of the command line, a blank line, and what stdin brings.
+
+    None when neither is given. Raises UsageError for stdin that is not UTF-8, and for no text.
+    """
+    parts = [] if asked is None else [asked]
+    if piped is not None and ((text := decoded(piped)).strip() or asked is None):
+        parts.append(text)
+    whole = "\n\n".join(part.strip("\n") for part in parts)
+    if parts and not whole.strip():
+        raise UsageError("the question is empty", "difyops chat --once TEXT")
+    return whole if parts else None
+
+
+def elsewhere(error: UsageError) -> UsageError:
+    """An error about a deployment that is not here, with the other way to a model."""
+    import httpx
+
+    url = "http://127.0.0.1:8090/v1"
+    with suppress(httpx.HTTPError):
+        root = url.removesuffix("/v1")
+        if httpx.get(f"{root}/health", timeout=1, trust_env=False).status_code in (200, 503):
+            return UsageError(error.message, f"{error.hint or ''}; or name a server: --url {url}")
+    return error
 
 
 def decoded(question: bytes) -> str:

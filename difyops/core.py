@@ -151,6 +151,7 @@ class Process:
     death_signal: str | None = None  # when supervisord is gone; without it: stop_signal
     stop_seconds: int = 15
     settle_seconds: int = 2  # an end before that is a failed start: supervisord backs off
+    in_vain: tuple[int, ...] = ()  # exit codes that say: another start would end alike
     inputs: str = ""  # a digest of what is read at start besides env and files: changed = restart
 
     def plain_env(self) -> dict[str, str]:

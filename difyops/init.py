@@ -15,9 +15,7 @@ from difyops import catalog, releases, secrets, settings
 from difyops.core import Paths
 from difyops.errors import UsageError
 from difyops.files import dotenv_text, write_atomic
-
-#: In the environment of `init`: the key of a model server that somebody else runs.
-KEY_VARIABLE = "DIFYOPS_MODEL_API_KEY"
+from difyops.openai_client import KEY_VARIABLE as KEY_VARIABLE  # `init` takes it, too
 
 HEADER = """\
 # What you want of this Dify; yours to edit. Then: difyops up --source
@@ -92,9 +90,19 @@ def _check_names(wanted: settings.Settings) -> None:
     """Names that only the release list and the catalog know."""
     releases.get(wanted.dify.version)
     if wanted.model.backend != "external" and wanted.model.source is None:
-        catalog.get_llm(wanted.model.name)
+        _check_chat_model(wanted.model.name, wanted.model.backend)
     if wanted.embedding and wanted.embedding.url is None:
         catalog.get_embedding(wanted.embedding.name)
+
+
+def _check_chat_model(name: str, backend: str) -> None:
+    try:
+        catalog.get_llm(name)
+    except UsageError as error:
+        if backend != "native":
+            raise
+        own = "one of your own: --model-source SOURCE (model.source in difyops.yaml)"
+        raise UsageError(error.message, f"{error.hint}; {own}") from None
 
 
 def _has_external_model(wanted: settings.Settings) -> bool:
@@ -185,6 +193,8 @@ def answers(
     model_url: str | None,
     base_url: str | None,
     without_dify: bool,
+    backend: str | None = None,
+    model_source: str | None = None,
 ) -> dict[str, Any]:
     """What the flags say, in the shape of difyops.yaml; empty where there are none."""
     given: dict[str, Any] = {}
@@ -193,8 +203,16 @@ def answers(
         given["dify"] = dify
     if model_url and not model:
         raise UsageError("--model-url needs the name of a model there", "--model NAME")
-    backend = "external" if model_url else None
-    about = {"backend": backend, "name": model, "url": model_url}
+    if model_url and backend:
+        raise UsageError("--backend is for a model here, --model-url for one elsewhere", "one only")
+    if model_source and backend != "native":
+        raise UsageError("--model-source is for the native engine", "--backend native")
+    if model_source and not model:
+        raise UsageError("--model-source needs a name to call the model by", "--model NAME")
+    if model_source and (path := Path(model_source).expanduser()).exists():
+        model_source = str(path.absolute())  # in difyops.yaml it is seen from the deployment
+    backend = "external" if model_url else backend
+    about = {"backend": backend, "name": model, "source": model_source, "url": model_url}
     if about := {k: v for k, v in about.items() if v is not None}:
         given["model"] = about
     return given

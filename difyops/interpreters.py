@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -144,6 +145,9 @@ def _candidates(uv: Path | None) -> Iterator[Path]:
         for folder in ("/usr/local/bin", "/usr/bin"):
             if Path(folder, name).exists():
                 yield Path(folder, name)
+    # pyenv's commands on PATH are scripts that refuse a version that is not switched on.
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    yield from sorted(pyenv.glob("versions/*/bin/python3"), reverse=True)
     if uv:
         yield from _known_to(uv)
 

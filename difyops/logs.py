@@ -31,6 +31,33 @@ def read(paths: Paths, services: Sequence[str], lines: int, follow: bool) -> Ite
             time.sleep(0.25)
 
 
+def size(path: Path) -> int:
+    """Bytes of a log; 0 while there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def since(path: Path, mark: int, most: int = 64_000) -> tuple[str, ...]:
+    """The non-empty lines behind the first `mark` bytes; of a log rotated since then, its lines."""
+    end = size(path)
+    if mark == end:
+        return ()
+    return tail(path, most, most if mark > end else min(most, end - mark))
+
+
+def last_error(lines: Sequence[str]) -> str | None:
+    """What the last ERROR line of a server of ours says, unless it listened again after that."""
+    for line in reversed(lines):
+        if " INFO ready after " in line or " INFO listening on " in line:
+            return None
+        before, found, said = line.partition(" ERROR ")
+        if found and before[:4].isdigit():
+            return said
+    return None
+
+
 def _named(name: str, line: str, width: int) -> str:
     return f"{name:<{width}} | {line}" if width else line
 

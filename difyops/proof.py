@@ -46,11 +46,14 @@ def _llm(deployment: Deployment) -> ModelTarget:
             f"{url} does not tell the context length of {wanted.name}",
             "set model.context in difyops.yaml to what that server was started with",
         )
-    spec = model.local_spec(deployment)
-    tools = bool(about.tools or (spec and spec.llm and spec.llm.tools))
     context = min(contexts)
     return ModelTarget(
-        wanted.name, url, key or Secret(""), context, min(MAX_OUTPUT, context // 2), tools
+        wanted.name,
+        url,
+        key or Secret(""),
+        context,
+        min(MAX_OUTPUT, context // 2),
+        tools=bool(about.tools),
     )
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
+    from difyops.bench import spec
     from difyops.bench.serve import Comparison
     from difyops.bringup import BroughtUp
     from difyops.chat import Answer
@@ -327,6 +328,8 @@ class ChatView:
 
     def waiting(self, seconds: float) -> None:
         if not self._waits:
+            if self._aside.is_terminal:
+                self.note("the server is loading its model; waiting for it")
             self._lines.started("model")
             self._waits = True
         self._lines.detail("model", f"loading, {seconds:.0f} s")
@@ -394,5 +397,16 @@ def benchmark(found: Comparison) -> None:
     from difyops.bench.serve import table
 
     _table(table(found))
+    for line in found.remarks():
+        emit(line)
+
+
+def speculation(found: spec.Found) -> None:
+    """The tables of `difyops bench spec`; below them what else one must know to read them."""
+    from difyops.bench import spec
+
+    _table(spec.table(found))
+    emit("")
+    _table(spec.conversation_table(found))
     for line in found.remarks():
         emit(line)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from difyops.errors import UsageError
+
+log = logging.getLogger("difyops.engine")
 
 EPILOG = (
     "Examples: difyops serve smollm2-135m | difyops serve ~/models/qwen3.5-0.8b --context 32768 | "
@@ -40,14 +46,19 @@ def serve(
             "it; in the environment they cannot.",
         ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The model's id for clients.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The model's id for clients; without it: the last part of MODEL."),
+    ] = None,
     embedding: Annotated[
         str | None, typer.Option(help="An embedding model of the catalog, served beside it.")
     ] = None,
     context: Annotated[
         int | None, typer.Option(min=16, help="Tokens of one request; without it: the model's.")
     ] = None,
-    slots: Annotated[int | None, typer.Option(min=1, help="Requests at a time.")] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Requests at a time; without it: 16.")
+    ] = None,
     pages: Annotated[
         int | None,
         typer.Option(
@@ -57,12 +68,34 @@ def serve(
         ),
     ] = None,
     prefill_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of prompts read in one step.")
+        int | None, typer.Option(min=1, help="Tokens of prompts read in one step; without it: 512.")
     ] = None,
     max_waiting: Annotated[
-        int | None, typer.Option(min=0, help="Requests that may wait; then 429.")
+        int | None, typer.Option(min=0, help="Requests that may wait; then 429. Without it: 256.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.auto,
+    speculate: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|off|mtp|medusa|ngram|draft:MODEL",
+            help="What guesses tokens ahead; it changes the speed and never a token. auto: what "
+            "the checkpoint brings, else ngram.",
+        ),
+    ] = "auto",
+    prefix_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES|off",
+            help="For the states of prompts that begin alike (512MiB, 2GB, …); without it: an "
+            "eighth of the free memory.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            help="Of the weights. auto: float32 on a CPU; on a GPU float32 for a checkpoint in "
+            "float32, else bfloat16."
+        ),
+    ] = Dtype.auto,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="On a CPU; without it: the CPUs less one.")
@@ -72,13 +105,19 @@ def serve(
         typer.Option(help="Where downloads are kept; without it: ~/.cache/difyops/models."),
     ] = None,
 ) -> None:
-    """Serve a model on difyops' own engine, OpenAI-compatible, until Ctrl-C."""
+    """Serve a model on difyops' own engine, OpenAI-compatible, until Ctrl-C.
+
+    Running answers then have 3.5 s to finish; a second Ctrl-C cuts them. Exit codes: 0 after Ctrl-C
+    or SIGTERM, 1 the engine failed, 2 wrong usage, 3 it could not start.
+    """
     from difyops.engine import config
-    from difyops.engine.serve import default_cache
     from difyops.engine.serve import serve as run
+    from difyops.engine.sources import default_cache
     from difyops.serving.process import log_to_stderr
 
     log_to_stderr()
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"device: {device!r} is none of cpu, cuda, cuda:N, auto", "--device auto")
     wanted = config.from_flags(
         model,
         server={"host": host, "port": port, "api_key": api_key},
@@ -86,11 +125,25 @@ def serve(
             "id": name, "context": context, "slots": slots, "pages": pages,
             "prefill_tokens": prefill_tokens, "max_waiting": max_waiting, "dtype": dtype.value,
             "device": device, "threads": threads, "cache": cache, "sampling": _sampling(model),
+            "speculate": speculate,
+            "prefix_cache": _bytes(prefix_cache) if prefix_cache is not None else None,
         },
         embedding=_embedding(embedding, cache or default_cache()) if embedding else None,
     )  # fmt: skip
     if code := run(wanted):
         raise typer.Exit(code)
+
+
+def _bytes(text: str) -> int:
+    """`off`, or a number of bytes with or without a unit. Raises UsageError."""
+    if text == "off":
+        return 0
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kMGT])(i?)B?|B)?", text)
+    if found is None:
+        raise UsageError(f"--prefix-cache: {text!r} is no size", "off, or such as 512MiB or 2GB")
+    number, unit, binary = found.groups()
+    power = "kMGT".index(unit) + 1 if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def _sampling(model: str) -> dict[str, float] | None:
@@ -105,13 +158,7 @@ def _embedding(name: str, cache: Path) -> dict[str, object]:
     from difyops import catalog, modelsource
 
     entry = catalog.get_embedding(name)
-    paths = {
-        role: modelsource.fetch(
-            file.source, file.member, name=name, file=file.file, sha256=file.sha256,
-            size=file.bytes, directory=cache,
-        )
-        for role, file in entry.files().items()
-    }  # fmt: skip
+    paths = modelsource.fetch_model(name, cache, tell=log.info)
     return {
         "id": name,
         "model": paths["weights"],

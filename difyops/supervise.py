@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from difyops import identity, releases
+from difyops import identity, logs, releases
 from difyops.core import Deployment, NotReady, Paths, Plan, Progress, Service
 from difyops.errors import DifyopsError, PrerequisiteError, StepError
 from difyops.files import tail
@@ -51,6 +51,8 @@ class Supervisor:
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
         self.socket = socket_path(deployment)
+        #: Where logs ended when a service was launched: what is behind is of no run before it.
+        self._marks: dict[str, tuple[int, int]] = {}
 
     # --- supervisord itself -----------------------------------------------------------------------
 
@@ -187,6 +189,7 @@ class Supervisor:
         if self.info(name)["statename"] in ("RUNNING", "STARTING"):
             return False
         starts_file(self.deployment, name).unlink(missing_ok=True)
+        self._mark(name)
         with contextlib.suppress(_fault()):  # it began or failed meanwhile: the state tells
             self._call("startProcess", name, False)
         return True
@@ -207,6 +210,8 @@ class Supervisor:
         """
         began = time.monotonic()
         before = max(0, self._launches(service.name) - 1)  # crashes of another day do not count
+        if service.name not in self._marks:
+            self._mark(service.name)
         while True:
             try:
                 return service.ready(self.deployment) if service.ready else ""
@@ -222,12 +227,15 @@ class Supervisor:
     def _give_up_if_hopeless(
         self, service: Service, reason: str, waited: float, before: int
     ) -> None:
-        log = self.deployment.paths.logs / f"{service.name}.log"
+        log, said = self._logs(service.name)[0], self._said(service.name)
         problem = None
         if service.process:
             launches = self._launches(service.name) - before
-            if self.info(service.name)["statename"] == "FATAL" or launches >= LAUNCHES:
+            if self._ended_with(service.name, service.process.in_vain):
+                problem = f"{service.name} cannot start: {logs.last_error(said) or 'see its log'}"
+            elif self.info(service.name)["statename"] == "FATAL" or launches >= LAUNCHES:
                 problem = f"{service.name} ended {max(launches, 1)} times at its start"
+            if problem:
                 self.stop(service.name)
         if problem is None and waited > service.ready_seconds:
             problem = f"{service.name} is not ready after {waited:.0f} s: {reason}"
@@ -236,7 +244,29 @@ class Supervisor:
                 raise StepError(
                     problem, f"is it up, and is {service.address} in difyops.yaml its address?"
                 )
-            raise StepError(problem, log=log, tail=tail(log))
+            raise StepError(problem, log=log, tail=said[-12:])
+
+    def _logs(self, name: str) -> tuple[Path, Path]:
+        """The log of a service, and that of supervisord."""
+        folder = self.deployment.paths.logs
+        return folder / f"{name}.log", folder / "supervisord.log"
+
+    def _mark(self, name: str) -> None:
+        own, supervisord = (logs.size(log) for log in self._logs(name))
+        self._marks[name] = own, supervisord
+
+    def _said(self, name: str) -> tuple[str, ...]:
+        """The last lines of a service's log, none of a run before the launch."""
+        return logs.since(self._logs(name)[0], self._marks[name][0])
+
+    def _ended_with(self, name: str, codes: Iterable[int]) -> bool:
+        """Whether the service has ended with one of these exit codes since its launch.
+
+        supervisord forgets the code of a process that ends early; only its log has it.
+        """
+        lines = logs.since(self._logs(name)[1], self._marks[name][1])
+        ends = [f"exited: {name} (exit status {code};" for code in codes]
+        return any(end in line for line in lines for end in ends)
 
     def states(self, plan: Plan) -> list[State]:
         """Every service of the plan as it stands."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,52 @@ def describe(
         for entry in entries
         if isinstance(entry, dict) and isinstance(entry.get("id"), str)
     ]
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """`gap` is the difference between the two greatest log probabilities at its place."""
+
+    text: str
+    gap: float
+
+
+def greedy(
+    base_url: str,
+    model: str,
+    api_key: Secret | None = None,
+    *,
+    messages: Sequence[Mapping[str, str]],
+    max_tokens: int,
+    extra: Mapping[str, Any],
+    timeout: float = 60,
+) -> tuple[str, list[ScoredToken]]:
+    """The likeliest answer, thoughts included, and its tokens where `extra` asks for `logprobs` and
+    the server gives them. `extra` are more fields of the request; `timeout` is in seconds.
+
+    Raises DifyopsError when the server cannot be reached, refuses, or answers something else.
+    """
+    body = {
+        "model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0,
+        **extra,
+    }  # fmt: skip
+    with _session(base_url, api_key) as session, _explained(base_url):
+        url = f"{base_url.rstrip('/')}/chat/completions"
+        answer = session.post(url, json=body, timeout=timeout)
+        _accepted(answer, base_url)
+        try:
+            choice = answer.json()["choices"][0]
+            message = choice["message"]
+            text = (message.get("reasoning_content") or "") + (message.get("content") or "")
+            scored = (choice.get("logprobs") or {}).get("content") or ()
+            return text, [_scored(entry) for entry in scored]
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise DifyopsError(f"{base_url}: {model} answered no message", _HINT) from None
+
+
+def _scored(entry: Mapping[str, Any]) -> ScoredToken:
+    first, second = sorted((top["logprob"] for top in entry["top_logprobs"][:2]), reverse=True)
+    return ScoredToken(entry["token"], first - second)
 
 
 def chat_once(

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from difyops.errors import EXIT_FAILED, UsageError
+from difyops.serve_command import Dtype
 
 app = typer.Typer(
     help="Measure, beside others, on this machine.", no_args_is_help=True, rich_markup_mode=None
 )
-
-
-@app.callback()
-def bench() -> None:
-    """Measure, beside others, on this machine."""  # With one command alone Typer makes no group.
 
 
 class Peer(StrEnum):
@@ -37,7 +33,7 @@ def serve(
         list[str] | None,
         typer.Option(
             help="A server that runs (…/v1); may be repeated. Their key, if they want one, is "
-            "taken from DIFYOPS_MODEL_API_KEY."
+            "taken from DIFYOPS_MODEL_API_KEY, on this machine else from DIFYOPS_API_KEY."
         ),
     ] = None,
     peer: Annotated[
@@ -56,14 +52,11 @@ def serve(
     """Throughput, time to first token and inter-token latency of model servers, as ratios."""
     from difyops import report
     from difyops.bench import serve as serving
-    from difyops.init import KEY_VARIABLE
-    from difyops.secrets import Secret
-    from difyops.serving.llama import default_threads
+    from difyops.serving.process import default_threads
 
-    key = os.environ.get(KEY_VARIABLE)
     wanted = serving.Wanted(
         model, tuple(dict.fromkeys(url or ())), tuple(dict.fromkeys(peer or ())), _numbers(streams),
-        tokens, prompt_tokens, threads or default_threads(), Secret(key) if key else None,
+        tokens, prompt_tokens, threads or default_threads(),
     )  # fmt: skip
     progress = report.Lines()
     try:
@@ -76,6 +69,65 @@ def serve(
         report.benchmark(found)
     if not found.complete:
         raise typer.Exit(EXIT_FAILED)
+
+
+@app.command(
+    epilog="Examples: difyops bench spec ~/models/qwen3.5-0.8b | "
+    "difyops bench spec smollm2-135m --streams 1 --tokens 32 --json | "
+    "difyops bench spec hf:Qwen/Qwen3.5-0.8B --plot spec.svg"
+)
+def spec(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for `difyops serve`.")],
+    streams: Annotated[str, typer.Option(help="How many at a time, rows for each.")] = "1,8",
+    tokens: Annotated[int, typer.Option(min=2, help="Of each answer, at most.")] = 64,
+    turns: Annotated[int, typer.Option(min=1, help="Of the conversation.")] = 20,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Own prompts, one a line."),
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A smaller model that guesses, too.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="On a CPU; without it: the CPUs less one.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A picture, too (.png or .svg); needs difyops[plot]."),
+    ] = None,
+) -> None:
+    """What speculation and the prefix cache save, as ratios; fails if they change an answer."""
+    from difyops import report
+    from difyops.bench import plot as picture
+    from difyops.bench import spec as speculating
+    from difyops.serving.process import default_threads
+
+    if plot is not None:
+        picture.check(plot)
+    wanted = speculating.Wanted(
+        model, _numbers(streams), tokens, turns, threads or default_threads(),
+        _lines(prompts) if prompts else speculating.PROMPTS, draft, device, dtype.value,
+    )  # fmt: skip
+    progress = report.Lines()
+    try:
+        found = speculating.run(wanted, progress)
+    finally:
+        progress.close()
+    if json:
+        report.emit_json(found.as_json())
+    else:
+        report.speculation(found)
+    if plot is not None:
+        picture.draw(found, plot)
+    if not found.exact:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _numbers(text: str) -> list[int]:

@@ -18,10 +18,9 @@ from typing import IO, Any, Protocol
 
 import httpx
 
-from difyops import catalog, modelsource
 from difyops.bench.load import FEWEST_WORDS, HttpServer, Round, prompt, sample
 from difyops.errors import DifyopsError, PrerequisiteError
-from difyops.openai_client import Endpoint, Message, Refused, chat_models, connection
+from difyops.openai_client import Endpoint, Message, Refused, chat_models, connection, key_for
 from difyops.secrets import Secret
 
 #: Seconds until a server that was started must be ready.
@@ -40,20 +39,22 @@ class Target(Protocol):
 
 
 @contextmanager
-def native(model: str, threads: int) -> Iterator[Target]:
-    """`difyops serve MODEL` on a free port."""
+def native(model: str, threads: int, slots: int) -> Iterator[Target]:
+    """`difyops serve MODEL` on a free port, with a slot for each stream."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "difyops", "serve", model, "--host", "127.0.0.1", "--port"]
-    with _process([*command, str(port)], {"OMP_NUM_THREADS": str(threads)}) as (child, log):
+    key = Secret(secrets.token_urlsafe(32))
+    command = [sys.executable, "-m", "difyops", "serve", model, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--threads", str(threads), "--slots", str(slots)]
+    with _process(command, {"DIFYOPS_API_KEY": key.reveal()}) as (child, log):
         _healthy(f"http://127.0.0.1:{port}/health", child, log)
-        yield _ending_late("native", None, f"http://127.0.0.1:{port}/v1")
+        yield _ending_late("native", key, f"http://127.0.0.1:{port}/v1")
 
 
 @contextmanager
-def running(url: str, key: Secret | None) -> Iterator[Target]:
-    """A server that somebody else started, and its only chat model."""
-    yield _ending_late(url, key, url)
+def running(url: str) -> Iterator[Target]:
+    """A server that somebody else started, and its only chat model; the key is key_for's."""
+    yield _ending_late(url, key_for(url), url)
 
 
 def _ending_late(name: str, key: Secret | None, url: str) -> Target:
@@ -124,23 +125,15 @@ class _Batches:
         return Round(tuple(samples), time.perf_counter() - began)
 
 
-def weights_of(model: str) -> Path:
-    """The file or directory that peers load: a path, or the GGUF of a name in the catalog, which is
-    fetched if need be. Raises UsageError for anything else."""
-    path = Path(model).expanduser()
-    if path.exists():
-        return path.resolve()
-    entry = catalog.get_llm(model).weights
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return modelsource.fetch(
-        entry.source,
-        entry.member,
-        name=model,
-        file=entry.file,
-        sha256=entry.sha256,
-        size=entry.bytes,
-        directory=cache / "difyops" / "models",
-    )
+def weights_of(model: str, tell: Callable[[str], None]) -> Path:
+    """The file or directory that peers load: the same that `difyops serve` does, from its cache.
+
+    Raises UsageError and PrerequisiteError as `sources.resolve` does.
+    """
+    # Imported here: measuring servers that run needs nothing of the engine.
+    from difyops.engine import sources
+
+    return sources.resolve(model, sources.default_cache(), tell).absolute()
 
 
 def _require(module: str, package: str) -> None:

@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +20,6 @@ from difyops.bench.peers import Target
 from difyops.core import Progress
 from difyops.errors import DifyopsError, UsageError
 from difyops.openai_client import Message
-from difyops.secrets import Secret
 
 #: The rounds of a level go through the servers forwards, then backwards: a machine that slows down
 #: or warms up meanwhile favours nobody.
@@ -40,7 +39,6 @@ class Wanted:
     tokens: int
     prompt_tokens: int
     threads: int
-    key: Secret | None = None
 
 
 @dataclass(frozen=True)
@@ -131,12 +129,17 @@ def run(wanted: Wanted, progress: Progress) -> Comparison:
         raise UsageError("nothing to measure", "name a model, or a server with --url")
     if wanted.model is None and wanted.peers:
         raise UsageError("peers need the model that they load", "difyops bench serve MODEL")
-    weights = peers.weights_of(wanted.model) if wanted.model and wanted.peers else None
+    weights = None
+    if wanted.model and wanted.peers:
+        weights = peers.weights_of(wanted.model, progress.note)
     rows: list[Row] = []
     with ExitStack() as stack:
         lasting = _Field(stack, progress)
         for name, server in _servers(wanted, weights):
             lasting.enter(name, server)
+        if (least := lasting.least_prompt()) > wanted.prompt_tokens:
+            progress.note(f"--prompt-tokens: raised to {least}, the least with this chat template")
+            wanted = replace(wanted, prompt_tokens=least)
         for streams in wanted.streams:
             with ExitStack() as inner:
                 level = lasting.copy(inner)
@@ -157,9 +160,9 @@ def _servers(
 ) -> Iterator[tuple[str, AbstractContextManager[Target]]]:
     """Those that serve every number of streams with one start."""
     if wanted.model:
-        yield "native", peers.native(wanted.model, wanted.threads)
+        yield "native", peers.native(wanted.model, wanted.threads, max(wanted.streams))
     for url in wanted.urls:
-        yield url, peers.running(url, wanted.key)
+        yield url, peers.running(url)
     if weights and "transformers" in wanted.peers:
         yield "transformers", peers.transformers(weights, wanted.threads)
 
@@ -184,6 +187,15 @@ class _Field:
     def enter(self, name: str, server: AbstractContextManager[Target]) -> None:
         self._names.append(name)
         self._attempt(name, "start", lambda: self._start(name, server))
+
+    def least_prompt(self) -> int:
+        """Tokens of the shortest prompt that every server can be asked; its template counts."""
+        least = 0
+        for target in self._running.values():
+            with suppress(DifyopsError):  # the warm-up meets it again, and tells
+                (found,) = target.measure([prompt(FEWEST_WORDS, 0)], 1, 1).samples
+                least = max(least, found.prompt_tokens)
+        return least
 
     def measure(self, wanted: Wanted, streams: int) -> list[Row]:
         """A row of each server."""
@@ -229,6 +241,7 @@ class _Field:
             hint = f" ({error.hint})" if error.hint else ""
             self._missing[name] = f"{what}: {error.message}{hint}"
             self._progress.failed(name, what, time.monotonic() - began)
+            self._progress.note(self._missing[name])
         else:
             self._progress.finished(name, what, time.monotonic() - began)
 

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from difyops.checks import celery, chat, dify, host, model, net, postgres, redis, secrets, wired
+from difyops.checks import (
+    celery,
+    chat,
+    dify,
+    exact,
+    host,
+    model,
+    net,
+    postgres,
+    redis,
+    secrets,
+    wired,
+)
 from difyops.doctor import Check
 
 ALL: tuple[Check, ...] = tuple(
     check
-    for topic in (host, secrets, net, postgres, redis, model, dify, celery, wired, chat)
+    for topic in (host, secrets, net, postgres, redis, model, exact, dify, celery, wired, chat)
     for check in topic.check.checks
 )
 
 #: What needs Dify to be wired, and what asks it a question.
 WIRED: tuple[Check, ...] = tuple(wired.check.checks)
 CHAT: tuple[Check, ...] = tuple(chat.check.checks)
+
+#: What asks the model for many answers: seconds that `up` need not take.
+EXACT: tuple[Check, ...] = tuple(exact.check.checks)
 
 PREFLIGHT: tuple[Check, ...] = tuple(check for check in ALL if check.preflight)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ipaddress
 from urllib.parse import urlsplit
 
+from difyops import logs
 from difyops.checks.looking import UP, again, is_ours, listeners
 from difyops.core import Deployment, NotReady
 from difyops.doctor import Finding, Registry, fail, ok, skip, warn
 from difyops.errors import DifyopsError
+from difyops.files import tail
 from difyops.services import model
 
 check = Registry()
@@ -40,7 +42,15 @@ def up(deployment: Deployment) -> Finding:
     except NotReady as reason:
         if deployment.settings.model.backend == "external":
             return fail(str(reason), f"curl -sS {model.llm_url(deployment)}/models; then: {UP}")
+        if said := logs.last_error(tail(deployment.paths.logs / "model.log", 200)):
+            return fail(f"it ended: {said}", f"{_mend(deployment)}; then: {UP}")
         return fail(str(reason), f"{UP}; if it ends again: difyops logs model")
+
+
+def _mend(deployment: Deployment) -> str:
+    if source := deployment.settings.model.source:
+        return f"mend or replace model.source ({source}) in difyops.yaml"
+    return "difyops logs model"
 
 
 @check(
@@ -130,11 +140,11 @@ def chat(deployment: Deployment) -> Finding:
             max_tokens=8,
         )
     except DifyopsError as error:
-        return fail(error.message, error.hint or _look(deployment))
+        return fail(error.message, error.hint or see_its_log(deployment))
     return ok(f"answered in {answer.seconds:.1f} s, first token {answer.first_token:.2f} s")
 
 
-def _look(deployment: Deployment) -> str:
+def see_its_log(deployment: Deployment) -> str:
     if deployment.settings.model.backend == "external":
         return f"see the log of the server at {model.llm_url(deployment)}"
     return "difyops logs model; then: difyops restart model"

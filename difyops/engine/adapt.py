@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-#: Weight of the newest measurement.
-FRESH = 0.1
+#: Weight of the newest measurement once there are many: of a pass's cost, of a guess's outcome.
+FRESH_COST, FRESH_RATE = 0.1, 0.02
 #: A choice that looks worse is tried again after so many passes: texts and batches change.
 RETRY = 64
 
@@ -37,11 +37,13 @@ class Adaptive:
     #: (group, k) -> seconds of a pass, drafting included.
     costs: dict[tuple[int, int], float] = field(default_factory=dict, init=False)
     _seen: dict[tuple[int, int], int] = field(default_factory=dict, init=False)
+    _outcomes: list[int] = field(init=False)
     _passes: dict[int, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         # Optimistic, so that every depth is tried.
         self.rates = [0.8] * self.most
+        self._outcomes = [0] * self.most
 
     def choose(self, batch: int) -> int:
         """How many tokens to guess for a batch of this size: the most tokens a second."""
@@ -53,6 +55,12 @@ class Adaptive:
         if passes % RETRY == 0:
             return min(range(self.most + 1), key=lambda k: self._seen[group, k])
         return self.best(batch)
+
+    def settled(self, batch: int) -> int | None:
+        """The best number of guesses; None while not all have been tried."""
+        group = batch.bit_length()
+        tried = all(self._seen.get((group, k), 0) >= 2 for k in range(self.most + 1))
+        return self.best(batch) if tried else None
 
     def best(self, batch: int) -> int:
         """By what was measured so far; fewer guesses where it makes no difference."""
@@ -72,9 +80,11 @@ class Adaptive:
         if before is None or seen <= 2:
             self.costs[key] = seconds
         else:
-            self.costs[key] = before + FRESH * (seconds - before)
+            self.costs[key] = before + FRESH_COST * (seconds - before)
 
     def came_true(self, hits: int, tried: int) -> None:
         """The first `hits` of `tried` guesses of one request came true."""
         for place in range(min(hits + 1, tried)):
-            self.rates[place] += FRESH / 2 * ((place < hits) - self.rates[place])
+            self._outcomes[place] += 1
+            weight = max(FRESH_RATE, 1 / (self._outcomes[place] + 1))
+            self.rates[place] += weight * ((place < hits) - self.rates[place])

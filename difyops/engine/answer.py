@@ -78,7 +78,7 @@ class ChatChoice:
         self._began = True
         for delta in deltas:
             if self._one_call and delta.call is not None and delta.call.index > 0:
-                self.finish = "tool_calls"
+                self.finish = self._reason(FinishReason.STOP)
                 break
             shown.append(self._keep(delta))
         logprobs = self._keep_logprobs(output.logprobs)
@@ -112,7 +112,9 @@ class ChatChoice:
         return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def _reason(self, finish: FinishReason) -> str:
-        return "tool_calls" if finish is FinishReason.STOP and self._calls else str(finish)
+        """A client runs what ends by `tool_calls`: calls cut short do not count as calls."""
+        called = self._calls and self._parser.complete(len(self._calls))
+        return "tool_calls" if finish is FinishReason.STOP and called else str(finish)
 
     def _keep(self, delta: Delta) -> Json:
         """Add to the whole; answer what a chunk says of it."""
@@ -194,12 +196,13 @@ class TextChoice:
         return new
 
 
-def usage(prompt_tokens: int, choices: Sequence[Choice]) -> Json:
+def usage(prompt_tokens: int, cached_tokens: int, choices: Sequence[Choice]) -> Json:
     completion = sum(choice.tokens for choice in choices)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

@@ -22,7 +22,7 @@ from difyops.serving.errors import ApiError
 from difyops.serving.http import application, json_object, read_body
 from difyops.serving.protocol import model_name
 
-_QUIET = frozenset({"/health", "/metrics"})
+_QUIET = frozenset({"/health", "/metrics", "/v1/models"})
 
 
 def create_app(service: Service) -> Starlette:
@@ -81,7 +81,7 @@ async def complete(request: Request) -> Response:
 async def embed(request: Request) -> Response:
     body = await read_body(request)
     service = _serving(request)
-    fields = json_object(body)
+    fields = await asyncio.to_thread(json_object, body)
     name = model_name(fields)
     embedder = service.embedder
     if service.config.embedding is None or embedder is None or name != service.config.embedding.id:
@@ -96,20 +96,32 @@ async def _generate(
     body = await read_body(request)
     service = _serving(request)
     try:
-        fields = json_object(body)
-        name = model_name(fields)
-        llm = service.llm
-        if llm is None or name != llm.id:
-            raise errors.wrong_model(name, service.config.ids(), "completions", "embeddings")
-        asked = parse(kind, fields)
         # A long prompt or a new grammar takes a while, which other clients' tokens need not wait.
-        job = await asyncio.to_thread(make, llm, asked)
+        llm, asked, job = await asyncio.to_thread(_prepare, service, body, kind, make)
         answer = Answer(service, llm, job, asked, began)
         answer.submit()
     except ApiError as error:
         service.metrics.refused.labels(error.body["error"]["code"]).inc()
         raise
     return answer
+
+
+def _prepare(
+    service: Service, body: bytes, kind: type[Kind], make: Callable[[Llm, Kind], Job]
+) -> tuple[Llm, Kind, Job]:
+    """Raises ApiError for what cannot be answered. Runs beside the event loop."""
+    fields = json_object(body)
+    name = model_name(fields)
+    llm = service.llm
+    if llm is None or name != llm.id:
+        raise errors.wrong_model(name, service.config.ids(), "completions", "embeddings")
+    asked = parse(kind, fields)
+    if asked.count > (most := llm.engine.most_at_once):
+        raise errors.bad_field(
+            "n" if (asked.n or 1) > 1 else "prompt",
+            f"{asked.count} choices in all, but this server runs and queues at most {most}",
+        )
+    return llm, asked, make(llm, asked)
 
 
 def _service(request: Request) -> Service:

@@ -8,35 +8,31 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-#: For a model that brings no template of its own.
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
 class ChatTemplate:
     """A compiled template; rendering is what transformers' `apply_chat_template` gives.
 
-    `variables` are what templates expect beside the messages: `bos_token`, `eos_token` and such.
-    The sandbox keeps a template from Python's insides; it does not limit its time.
+    `reads` are the variables that the template looks at. `variables` are what templates expect
+    beside the messages: `bos_token`, `eos_token` and such. The sandbox keeps a template from
+    Python's insides; it does not limit its time.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any] | None = None) -> None:
         """Raises ValueError for a template that is not Jinja."""
         self.source = source
         self._variables = dict(variables or {})
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self.reads = frozenset(meta.find_undeclared_variables(environment.parse(source)))
         except TemplateError as error:
             raise ValueError(f"chat template, line {_line(error)}: {error}") from None
 

@@ -37,10 +37,14 @@ class LlmConfig(Config):
     """A language model. `model` is what sources.py resolves: a directory, a GGUF file, a catalog
     name, or `hf:`, `modelscope:` or `pypi:` and a name; downloads lie in `cache`.
 
+    `speculate` names what guesses ahead (`draft:MODEL`: a smaller model); `prefix_cache` is how
+    many bytes of states are kept for prompts that begin alike (None: an eighth of the free memory;
+    0: none).
+
     `context` is tokens of one request (None: what the model was trained for), `slots` how many run
     at a time. `pages` bounds the keys and values of softmax layers over all of them (None: every
-    slot can be full). `prefill_tokens` is how much of prompts one step reads. `threads` is for a
-    CPU (None: all that this process may use).
+    slot can be full, or as many as a quarter of the free memory holds). `prefill_tokens` is how
+    much of prompts one step reads. `threads` is for a CPU (None: the CPUs less one).
     """
 
     id: ModelId
@@ -54,6 +58,8 @@ class LlmConfig(Config):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     threads: int | None = Field(default=None, ge=1)
     cache: Path | None = None
+    speculate: str = Field(default="auto", pattern=r"^(auto|off|mtp|medusa|ngram|draft:.+)$")
+    prefix_cache: int | None = Field(default=None, ge=0)
     sampling: SamplingConfig = SamplingConfig()
 
 

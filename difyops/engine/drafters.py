@@ -148,6 +148,11 @@ def _hidden_spec(model: Decoder) -> StateSpec:
     return StateSpec(slot={"hidden": TensorSpec((model.shape.width,), model.dtype)})
 
 
+def kinds(model: Decoder) -> list[str]:
+    """What can guess for a model without another one, the best first."""
+    return [name for name in ("mtp", "medusa") if name in model.extra] + ["ngram"]
+
+
 def choose(kind: str, model: Decoder, small: Decoder | None = None) -> Drafter | None:
     """The drafter that `--speculate` names: auto, off, mtp, medusa, ngram or draft.
 
@@ -156,7 +161,7 @@ def choose(kind: str, model: Decoder, small: Decoder | None = None) -> Drafter |
     brought = dict(model.extra.items())
     mtp, heads = brought.get("mtp"), brought.get("medusa")
     if kind == "auto":
-        kind = "mtp" if mtp is not None else "medusa" if heads is not None else "ngram"
+        kind = kinds(model)[0]
     if kind == "mtp" and isinstance(mtp, MultiTokenPrediction):
         return Mtp(model, mtp)
     if kind == "medusa" and isinstance(heads, nn.ModuleList):

@@ -99,6 +99,21 @@ class GgufFile:
         return values
 
 
+def check_architecture(file: GgufFile) -> None:
+    """Raises PrerequisiteError for a file of a model that the engine does not read from GGUF."""
+    architecture = file.metadata.get("general.architecture")
+    if architecture != "llama":
+        raise PrerequisiteError(
+            f"{file.path}: general.architecture: {architecture!r} cannot be read from GGUF",
+            "known architectures: llama; others load from safetensors",
+        )
+    if file.metadata.get("split.count", 1) != 1:
+        raise PrerequisiteError(
+            f"{file.path}: one part of {file.metadata['split.count']}",
+            "join them: llama-gguf-split --merge",
+        )
+
+
 class _Cursor:
     """A place in the header that cannot be moved past the end of the file."""
 

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from difyops.engine.gguf_file import GgufFile
+from difyops.engine.gguf_file import GgufFile, check_architecture
 from difyops.engine.tokens import Tokenizer
 from difyops.errors import PrerequisiteError
 
@@ -74,17 +74,7 @@ class GgufCheckpoint:
     def __init__(self, file: GgufFile) -> None:
         self.where = file.path
         self._file = file
-        architecture = file.metadata.get("general.architecture")
-        if architecture != "llama":
-            raise PrerequisiteError(
-                f"{file.path}: general.architecture: {architecture!r} cannot be read from GGUF",
-                "known architectures: llama; others load from safetensors",
-            )
-        if file.metadata.get("split.count", 1) != 1:
-            raise PrerequisiteError(
-                f"{file.path}: one part of {file.metadata['split.count']}",
-                "join them: llama-gguf-split --merge",
-            )
+        check_architecture(file)
         self.config = _config(file)
         self._sources = {_renamed(name): name for name in file.tensors if name != _FACTORS}
 

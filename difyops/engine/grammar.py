@@ -6,19 +6,23 @@ and what it would not enforce is refused (schema.py).
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
+import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import llguidance
 import numpy as np
 
 from difyops.engine import lark
+from difyops.engine.freetext import FreeText, Place
 from difyops.engine.schema import UnsupportedSchema, normalise, reachable
-from difyops.engine.toolformats import Tool, ToolFormat
+from difyops.engine.toolformats import CALL_OPEN, Tool, ToolFormat
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,8 +30,13 @@ if TYPE_CHECKING:
 
 #: About a second of one core at the worst; past it the grammar is refused.
 _LIMITS = llguidance.LLParserLimits(
-    initial_lexer_fuel=1_000_000, max_grammar_size=100_000, verbose_errors=False
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=2_000_000,
+    max_items_in_row=20_000,  # four for each name that an object may begin with
+    max_grammar_size=100_000,
+    verbose_errors=False,
 )
+_ROW = re.compile(r"row has (\d+) items; max is (\d+)")
 _LOCATE_S = 0.5
 MAX_CHOICES = 1024
 MAX_TEXT = 64 * 1024
@@ -94,10 +103,41 @@ class Grammars:
         Raises UnsupportedSchema with pointers that begin with the tool's place: `/0/parameters/…`.
         """
         source = lark.from_tools(tools, form, self._vocabulary.literal, parallel=parallel)
-        try:
+        with self._located(tools):
             return self._constraint(source, after)
+
+    def optional_tools(
+        self,
+        tools: Sequence[Tool],
+        form: ToolFormat,
+        *,
+        parallel: bool = False,
+        begins: str | None = None,
+        after: str | None = None,
+    ) -> GrammarConstraint:
+        """Free text, in which whatever opens a call is a call of one of `tools`.
+
+        Without `parallel`, the output ends with its first call. `begins`: the output is in the
+        reasoning that `after` ends only if it begins with this text.
+
+        Raises UnsupportedSchema, as `tools` does.
+        """
+        source = lark.from_opened_call(tools, form, self._vocabulary.literal, parallel=parallel)
+        texts = [text for text in (begins, after, CALL_OPEN) if text is not None]
+        free = self._vocabulary.free_text(tuple(texts), begins is not None)
+        with self._located(tools):
+            matcher = self._matcher(source.grammar())
+        return GrammarConstraint(matcher, self._vocabulary, free, may_stop=True, repeated=parallel)
+
+    @contextlib.contextmanager
+    def _located(self, tools: Sequence[Tool]) -> Iterator[None]:
+        """What fails for a tool's schema names the place in it."""
+        try:
+            yield
         except ValueError as error:
             for i, tool in enumerate(tools):
+                if not tool.strict:
+                    continue
                 try:
                     self._constraint(lark.from_schema(*normalise(tool.parameters)), None)
                 except ValueError as inner:
@@ -106,9 +146,9 @@ class Grammars:
             raise UnsupportedSchema("", "tools", f"make no grammar: {error}") from None
 
     def _constraint(self, source: lark.Source, after: str | None) -> GrammarConstraint:
-        closing = None if after is None else self._vocabulary.closing(after)
+        free = None if after is None else self._vocabulary.free_text((after,), False)
         matcher = self._matcher(source.grammar(gap=after is not None))
-        return GrammarConstraint(matcher, self._vocabulary, closing)
+        return GrammarConstraint(matcher, self._vocabulary, free)
 
     def _matcher(self, grammar: str) -> Any:
         with self._lock:
@@ -122,12 +162,27 @@ class Grammars:
             )
             if found.is_error():
                 raise ValueError(_reason(found.get_error()))
+            self._try_out(found.deep_copy())
         with self._lock:
             self._compiled[grammar] = found
             self._compiled.move_to_end(grammar)
             while len(self._compiled) > self._cache:
                 self._compiled.popitem(last=False)
             return found.deep_copy()
+
+    def _try_out(self, matcher: Any) -> None:
+        """Raises ValueError for a grammar that meets a limit where it begins.
+
+        That is where limits are met: all the names of an object, or all of an expression, at once.
+        """
+        allowed = np.unpackbits(_mask(matcher), bitorder="little")
+        allowed[list(self._vocabulary.stop_ids)] = 0
+        for first in ([int(allowed.argmax())], self._vocabulary.split(b'{"')):
+            begun = matcher.deep_copy()
+            taken = begun.try_consume_tokens(first)
+            _check(begun)
+            if taken == len(first):
+                _mask(begun)
 
     def _locate(self, schema: Any, why: str) -> UnsupportedSchema:
         """The innermost place that fails by itself; llguidance's messages name none."""
@@ -159,37 +214,79 @@ def _reason(error: str) -> str:
     return "cannot be used: " + " ".join(text.split())
 
 
+def _mask(matcher: Any) -> NDArray[np.uint8]:
+    mask = matcher.compute_bitmask()
+    _check(matcher)
+    return np.frombuffer(mask, dtype=np.uint8)
+
+
+def _check(matcher: Any) -> None:
+    if matcher.is_error():
+        raise ValueError(f"cannot be used: {_limit(matcher.get_error())}")
+
+
+def _limit(error: str) -> str:
+    """llguidance's message about a limit in words that need no knowledge of its parser."""
+    if row := _ROW.search(error):
+        return f"it can go on in {row[1]} ways at one place, and {row[2]} are accepted"
+    return "its patterns or lengths are too complex to follow"
+
+
 def _check_size(name: str, text: str) -> None:
     if len(text) > MAX_TEXT:
         raise ValueError(f"{name}: {len(text)} characters; {MAX_TEXT} are accepted")
 
 
 class GrammarConstraint:
-    """A `Constraint` (request.py). Made by `Grammars`."""
+    """A `Constraint` (request.py): free text up to a place, if there is any, then a grammar.
 
-    def __init__(self, matcher: Any, vocabulary: _Vocabulary, closing: _Closing | None) -> None:
+    `may_stop`: the free text may be all there is; otherwise the end waits for the grammar's.
+    `repeated`: after what the grammar describes, the last of the free text's places may come again.
+    Made by `Grammars`.
+    """
+
+    def __init__(
+        self,
+        matcher: Any,
+        vocabulary: _Vocabulary,
+        free: FreeText | None,
+        *,
+        may_stop: bool = False,
+        repeated: bool = False,
+    ) -> None:
+        self._fresh = matcher
         self._matcher = matcher
         self._vocabulary = vocabulary
-        self._closing = closing
-        # While the reasoning is open: how much of the closing text stands at the end of the output.
-        self._matched: int | None = None if closing is None else 0
+        self._free = free
+        self._may_stop = may_stop
+        self._repeated = repeated
+        self._place = None if free is None else free.start  # None: the grammar holds
         self._stopped = False
         # Per token: the state before it, and how many tokens the matcher was given for it.
-        self._past: list[tuple[int | None, bool, int]] = []
+        self._past: list[tuple[Place | None, bool, Any, int]] = []
 
     @property
     def finished(self) -> bool:
-        return self._stopped or (self._matched is None and bool(self._matcher.is_stopped()))
+        return self._stopped or (self._place is None and bool(self._matcher.is_stopped()))
+
+    def fresh(self) -> GrammarConstraint:
+        """Another one of the same grammar, for as long as this one has not advanced."""
+        if self._past:
+            raise ValueError("a constraint that has advanced is not at its beginning")
+        other = copy.copy(self)
+        other._fresh = other._matcher = self._fresh.deep_copy()
+        other._past = []
+        return other
 
     def mask(self) -> NDArray[np.int32] | None:
         """See `Constraint`. Raises GrammarFailed."""
         if self._stopped:
             return self._vocabulary.stop_mask()
-        if self._closing is not None and self._matched is not None:
-            return self._open_mask(self._closing.overshooting(self._matched))
+        if self._free is not None and self._place is not None:
+            return self._free_mask(self._free.overshooting(self._place))
         mask = np.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=np.int32)
         if self._matcher.is_error():
-            raise GrammarFailed(self._matcher.get_error().strip())
+            raise _failed(self._matcher)
         mask = self._vocabulary.fit(mask)
         if not mask.any():
             raise GrammarFailed("no token of the vocabulary keeps to the grammar")
@@ -197,89 +294,70 @@ class GrammarConstraint:
 
     def advance(self, token: int) -> None:
         """See `Constraint`."""
-        before = (self._matched, self._stopped)
+        before = (self._place, self._stopped, self._matcher)
         self._past.append((*before, self._take(token)))
 
     def rollback(self, tokens: int) -> None:
         """See `Constraint`. Raises ValueError if there were fewer."""
         if not 0 <= tokens <= len(self._past):
             raise ValueError(f"{tokens} tokens to take back, of {len(self._past)}")
-        if tokens == 0:
-            return
-        self._matched, self._stopped, _ = self._past[-tokens]
-        self._matcher.rollback(sum(given for *_, given in self._past[-tokens:]))
-        del self._past[-tokens:]
+        for _ in range(tokens):
+            place, stopped, matcher, given = self._past.pop()
+            self._matcher.rollback(given)
+            self._place, self._stopped, self._matcher = place, stopped, matcher
 
     def _take(self, token: int) -> int:
         if self._stopped or not 0 <= token < self._vocabulary.known:
             raise self._refused(token)
         if token in self._vocabulary.stop_ids:
-            # The matcher never sees them: a finished one takes no more, and reasoning is not its.
-            if self._matched is None and not self._matcher.is_accepting():
+            # The matcher never sees them: a finished one takes no more, and free text is not its.
+            if not (self._may_stop if self._place is not None else self._matcher.is_accepting()):
                 raise self._refused(token)
             self._stopped = True
             return 0
-        if self._closing is None or self._matched is None:
-            return self._give([token], token)
-        matched, rest = self._closing.step(self._matched, self._vocabulary.bytes_of(token))
-        given = 0 if rest is None else self._give(self._vocabulary.split(rest), token)
-        self._matched = matched if rest is None else None
+        if self._free is None or self._place is None:
+            return self._keep_to(self._matcher, [token], token)
+        place, rest = self._free.step(self._place, self._vocabulary.bytes_of(token))
+        if rest is None:
+            self._place = place
+            return 0
+        matcher = self._fresh.deep_copy() if self._repeated else self._matcher
+        return self._keep_to(matcher, self._vocabulary.split(rest), token)
+
+    def _keep_to(self, matcher: Any, tokens: Sequence[int], token: int) -> int:
+        given = self._give(matcher, tokens, token)
+        self._matcher = matcher
+        ended = self._repeated and matcher.is_accepting()
+        self._place = self._free.again if self._free is not None and ended else None
         return given
 
-    def _give(self, tokens: Sequence[int], token: int) -> int:
+    def _give(self, matcher: Any, tokens: Sequence[int], token: int) -> int:
         # consume_token would leave the matcher in an error that cannot be rolled back.
-        if (taken := self._matcher.try_consume_tokens(tokens)) != len(tokens):
-            if self._matcher.is_error():
-                raise GrammarFailed(self._matcher.get_error().strip())
-            self._matcher.rollback(taken)
+        if (taken := matcher.try_consume_tokens(tokens)) != len(tokens):
+            if matcher.is_error():
+                raise _failed(matcher)
+            matcher.rollback(taken)
             raise self._refused(token)
         return len(tokens)
 
     def _refused(self, token: int) -> ValueError:
         return ValueError(f"token {token} is not allowed by the grammar here")
 
-    def _open_mask(self, overshooting: Iterable[tuple[int, bytes]]) -> NDArray[np.int32] | None:
-        """All but the tokens that close the reasoning and go on with what the grammar forbids."""
-        bad = [t for t, rest in overshooting if not self._may_begin(rest)]
-        return self._vocabulary.all_but(bad) if bad else None
+    def _free_mask(self, overshooting: Iterable[tuple[int, bytes]]) -> NDArray[np.int32] | None:
+        """All but the tokens that end the free text and go on with what the grammar forbids, and
+        the end itself where it has to wait."""
+        bad = {t for t, rest in overshooting if not self._may_begin(rest)}
+        if not self._may_stop:
+            bad |= self._vocabulary.stop_ids
+        return self._vocabulary.all_but(frozenset(bad)) if bad else None
 
     def _may_begin(self, rest: bytes) -> bool:
         tokens = self._vocabulary.split(rest)
-        return bool(self._matcher.validate_tokens(tokens) == len(tokens))
+        return bool(self._fresh.validate_tokens(tokens) == len(tokens))
 
 
-class _Closing:
-    """Finds the text that ends the reasoning, token by token (Knuth, Morris and Pratt 1977)."""
-
-    def __init__(self, text: bytes, bytes_of: Callable[[int], bytes], known: int) -> None:
-        self.text = text
-        self._fallback = [0] * (len(text) + 1)
-        for i in range(1, len(text)):
-            self._fallback[i + 1] = self._next(self._fallback[i], text[i])
-        self._tokens = [
-            (token, data)
-            for token, data in ((token, bytes_of(token)) for token in range(known))
-            if text[-1] in data[:-1]
-        ]
-        self.overshooting = functools.cache(self._overshooting)
-
-    def step(self, matched: int, data: bytes) -> tuple[int, bytes | None]:
-        """After `data`: how much is matched, and the bytes behind the end once it is there."""
-        for i, byte in enumerate(data):
-            matched = self._next(matched, byte)
-            if matched == len(self.text):
-                return matched, data[i + 1 :]
-        return matched, None
-
-    def _next(self, matched: int, byte: int) -> int:
-        while matched and self.text[matched] != byte:
-            matched = self._fallback[matched]
-        return matched + (self.text[matched] == byte)
-
-    def _overshooting(self, matched: int) -> list[tuple[int, bytes]]:
-        """The tokens that reach the end and go past it, with what is past it."""
-        ends = ((token, self.step(matched, data)[1]) for token, data in self._tokens)
-        return [(token, rest) for token, rest in ends if rest]
+def _failed(matcher: Any) -> GrammarFailed:
+    return GrammarFailed(f"the grammar cannot be followed further: {_limit(matcher.get_error())}")
 
 
 class _Vocabulary:
@@ -301,7 +379,8 @@ class _Vocabulary:
         self._special = {
             t.content: i for i, t in added.items() if self.tokenizer.is_special_token(i)
         }
-        self.closing = functools.cache(self._closing)
+        self.free_text = functools.cache(self._free_text)
+        self._others = functools.lru_cache(64)(self._all_but)
 
     def literal(self, text: str) -> str:
         """`text` as a Lark rule needs it: its token if it is a special one, otherwise its bytes."""
@@ -315,8 +394,8 @@ class _Vocabulary:
         """Some tokens that are these bytes; the matcher does not mind which."""
         return list(self.tokenizer.tokenize_bytes(data)) if data else []
 
-    def _closing(self, text: str) -> _Closing:
-        return _Closing(text.encode(), self.bytes_of, self.known)
+    def _free_text(self, texts: tuple[str, ...], optional: bool) -> FreeText:
+        return FreeText(texts, self.bytes_of, self.known, optional=optional)
 
     def fit(self, mask: NDArray[np.int32]) -> NDArray[np.int32]:
         """int32 of shape [ceil(V / 32)], without the ids that the tokenizer or the model lacks."""
@@ -329,7 +408,10 @@ class _Vocabulary:
     def stop_mask(self) -> NDArray[np.int32]:
         return self._packed(self.stop_ids)
 
-    def all_but(self, tokens: Collection[int]) -> NDArray[np.int32]:
+    def all_but(self, tokens: frozenset[int]) -> NDArray[np.int32]:
+        return self._others(tokens).copy()  # torch wants arrays that may be written
+
+    def _all_but(self, tokens: frozenset[int]) -> NDArray[np.int32]:
         return self._exists & ~self._packed(tokens)
 
     def _packed(self, tokens: Iterable[int]) -> NDArray[np.int32]:

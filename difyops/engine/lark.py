@@ -83,6 +83,27 @@ def from_tools(
     tools: Sequence[Tool], form: ToolFormat, literal: Callable[[str], str], *, parallel: bool
 ) -> Source:
     """`literal`: how a tag is written in a rule of this tokenizer's grammar."""
+    rules = _opened_call(tools, form, literal)
+    rules.append(f"call: {literal(tags.CALL_OPEN)} opened")
+    more = f' ("\\n" call){{0,{MAX_PARALLEL - 1}}}' if parallel else ""
+    return Source(f"call{more}", tuple(rules))
+
+
+def from_opened_call(
+    tools: Sequence[Tool], form: ToolFormat, literal: Callable[[str], str], *, parallel: bool
+) -> Source:
+    """The rest of a call behind its opening tag. `parallel`: the token that ends it may go on with
+    new lines, as those of real vocabularies do."""
+    rules = _opened_call(tools, form, literal)
+    if not parallel:
+        return Source("opened", tuple(rules))
+    return Source("opened AFTER_CALL?", (*rules, r"AFTER_CALL: /\n{1,2}/"))
+
+
+def _opened_call(
+    tools: Sequence[Tool], form: ToolFormat, literal: Callable[[str], str]
+) -> list[str]:
+    """The rule `opened`, and those that it uses."""
     if not tools:
         raise UnsupportedSchema("", "tools", "is empty: there is nothing to call")
     rules: list[str] = []
@@ -94,14 +115,12 @@ def from_tools(
             raise error.inside(f"/{i}/parameters") from None
         rules += [f"tool{i}: {source.body}", *source.rules]
         calls.append(f"tool{i}")
-    opening, closing = literal(tags.CALL_OPEN), literal(tags.CALL_CLOSE)
-    rules.append(f'call: {opening} "\\n" ({" | ".join(calls)}) "\\n" {closing}')
-    more = f' ("\\n" call){{0,{MAX_PARALLEL - 1}}}' if parallel else ""
-    return Source(f"call{more}", tuple(rules))
+    closing = literal(tags.CALL_CLOSE)
+    return [f'opened: "\\n" ({" | ".join(calls)}) "\\n" {closing}', *rules]
 
 
 def _hermes(tool: Tool, prefix: str) -> Source:
-    arguments, defs = normalise(dict(tool.parameters), prefix)
+    arguments, defs = normalise(dict(tool.parameters) if tool.strict else {}, prefix)
     if not types_of(arguments) & {"object"}:
         raise UnsupportedSchema("/type", "type", "must be object: a tool's arguments are named")
     call = {
@@ -117,6 +136,8 @@ def _hermes(tool: Tool, prefix: str) -> Source:
 
 
 def _coder(tool: Tool, prefix: str) -> Source:
+    if not tool.strict:
+        return _loose_coder(tool, prefix)
     schema, defs = normalise(dict(tool.parameters), prefix)
     for keyword in (
         "anyOf",
@@ -149,6 +170,19 @@ def _coder(tool: Tool, prefix: str) -> Source:
         body.append(rule if name in required else f"{rule}?")
     body.append(quoted(tags.FUNCTION_CLOSE))
     return Source(" ".join(body), tuple(rules))
+
+
+def _loose_coder(tool: Tool, prefix: str) -> Source:
+    """Any parameters, with any text."""
+    name = prefix.upper()
+    start = quoted(f"{tags.FUNCTION_OPEN}{tool.name}>\n")
+    return Source(
+        f"{start} ({name}NAME {name}TEXT)* {quoted(tags.FUNCTION_CLOSE)}",
+        (
+            rf"{name}NAME: /{tags.PARAMETER_OPEN}[^<>\n]+>\n/",
+            f"{name}TEXT: {_raw_string({}, set(), '')}",
+        ),
+    )
 
 
 def _coder_value(value: Any, defs: Mapping[str, Any], rule: str, at: str) -> list[str]:

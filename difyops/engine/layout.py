@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from difyops.errors import PrerequisiteError
+from difyops.errors import PrerequisiteError, UsageError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -53,12 +53,21 @@ def indexed(directory: Path) -> dict[str, Path]:
     return {name: directory / file for name, file in weight_map.items()}
 
 
+def located(directory: Path, error: UsageError) -> UsageError:
+    """An error about `config.json`, with the whole path of that file."""
+    return UsageError(f"{directory}/{error.message}", error.hint)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises PrerequisiteError naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PrerequisiteError(f"{path}: {error}") from error
+    except OSError as error:
+        raise PrerequisiteError(
+            f"{path}: {error.strerror}", "the download is incomplete"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise PrerequisiteError(f"{path}: is not valid JSON: {error}", DAMAGED) from error
     if not isinstance(content, dict):
-        raise PrerequisiteError(f"{path}: not a JSON object")
+        raise PrerequisiteError(f"{path}: is JSON, and no object", DAMAGED)
     return content

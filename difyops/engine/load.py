@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from difyops.engine import models
-from difyops.engine.layout import read_json
+from difyops.engine.config import SamplingConfig
+from difyops.engine.layout import DAMAGED, located, read_json
 from difyops.engine.models.decoder import Decoder
 from difyops.engine.request import SamplingDefaults
-from difyops.engine.tokens import Tokenizer
+from difyops.engine.tokens import Tokenizer, end_ids
 from difyops.engine.weights import Checkpoint, Tensors, fill
 from difyops.errors import PrerequisiteError, UsageError
-
-_log = logging.getLogger(__name__)
+from difyops.serving.config import first_error
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -28,7 +28,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 _GENERATION = "generation_config.json"
-_SAMPLING = frozenset(field.name for field in fields(SamplingDefaults))
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,6 @@ class Loaded:
     context: int
     family: str
     parameters: int
-    weight_bytes: int
     sampling: SamplingDefaults
 
 
@@ -53,9 +51,14 @@ def load(path: Path, *, dtype: str | None = None, device: str = "cpu") -> Loaded
     """
     place = _device(device)
     checkpoint, config, tokenizer = _read(path)
-    family = models.family(config)
-    with torch.device("meta"):
-        model = family.build(config)
+    try:
+        family = models.family(config)
+        with torch.device("meta"):
+            model = family.build(config)
+    except UsageError as error:
+        if path.is_dir():
+            raise located(path, error) from error
+        raise
     if tokenizer.vocabulary > model.shape.vocabulary:
         raise PrerequisiteError(
             f"{path}: the tokenizer has {tokenizer.vocabulary} tokens, "
@@ -64,17 +67,14 @@ def load(path: Path, *, dtype: str | None = None, device: str = "cpu") -> Loaded
         )
     fill(model, checkpoint, family.rename, _dtype(dtype, config, place), place)
     model.eval()
-    loaded = Loaded(
+    return Loaded(
         model,
         tokenizer,
         model.shape.context,
         family.name,
         sum(parameter.numel() for parameter in model.parameters()),
-        sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         sampling_defaults(path),
     )
-    _log.info("loaded %s: %s, %d parameters", path.name, family.name, loaded.parameters)
-    return loaded
 
 
 def _read(path: Path) -> tuple[Tensors, Mapping[str, Any], Tokenizer]:
@@ -99,33 +99,39 @@ def tokenizer_config(directory: Path, config: Mapping[str, Any]) -> dict[str, An
     """What the directory's files say about special tokens and the chat template, in one dict.
 
     `eos_token_id` is all that config.json and generation_config.json name; chat_template.jinja
-    comes before a template in tokenizer_config.json.
+    comes before a template in tokenizer_config.json. Raises PrerequisiteError naming a file that
+    cannot be read, or says no token.
     """
     merged: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (directory / name).is_file():
             merged |= read_json(directory / name)
-    ends: list[Any] = []
-    for source in (_text(config), config, _generation(directory)):
-        raw = source.get("eos_token_id")
-        ends += raw if isinstance(raw, list) else [] if raw is None else [raw]
+    ends: list[int] = []
+    sources = {"config.json": (_text(config), config), _GENERATION: (_generation(directory),)}
+    for name, objects in sources.items():
+        try:
+            ends += [end for one in objects for end in end_ids(one.get("eos_token_id"))]
+        except PrerequisiteError as error:
+            raise PrerequisiteError(f"{directory / name}: {error.message}", error.hint) from None
     merged["eos_token_id"] = ends
     template = directory / "chat_template.jinja"
     if template.is_file():
-        merged["chat_template"] = template.read_text(encoding="utf-8")
+        try:
+            merged["chat_template"] = template.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise PrerequisiteError(f"{template}: {error}", DAMAGED) from error
     return merged
 
 
 def sampling_defaults(path: Path) -> SamplingDefaults:
     """What generation_config.json recommends. Raises PrerequisiteError for a value that is none."""
-    given = {k: v for k, v in _generation(path).items() if k in _SAMPLING and v is not None}
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise PrerequisiteError(
-                f"{path / _GENERATION}: {name}: {value!r} is not a number from 0 on",
-                "correct it, or remove the key",
-            )
-    return SamplingDefaults(**given)
+    given = {k: v for k, v in _generation(path).items() if k in SamplingConfig.model_fields}
+    try:
+        return SamplingDefaults(**SamplingConfig.model_validate(given).given())
+    except ValidationError as error:
+        raise PrerequisiteError(
+            f"{path / _GENERATION}: {first_error(error)}", "correct it, or remove the key"
+        ) from None
 
 
 def _generation(directory: Path) -> Mapping[str, Any]:

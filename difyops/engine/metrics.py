@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from difyops.engine.runner import Engine
+    from difyops.engine.runner import Engine, Stats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -88,3 +88,31 @@ class _EngineCollector(Collector):
             ("preemptions", "Sequences that gave their pages up.", stats.preemptions),
         ):
             yield CounterMetricFamily(f"difyops_{name}", help_, value)
+        yield from _speculation(stats)
+        yield from _prefixes(stats)
+
+
+def _speculation(stats: Stats) -> Iterator[Metric]:
+    counters = stats.counters
+    yield GaugeMetricFamily(
+        "difyops_speculation_guesses", "Tokens guessed in the last pass.", stats.guesses
+    )
+    for name, help_, counts in (
+        ("speculation_drafted_tokens", "Tokens guessed, by place.", counters.drafted),
+        ("speculation_accepted_tokens", "Guesses that came true, by place.", counters.accepted),
+    ):
+        family = CounterMetricFamily(f"difyops_{name}", help_, labels=("place",))
+        for place, count in sorted(counts.items()):
+            family.add_metric((str(place + 1),), count)
+        yield family
+
+
+def _prefixes(stats: Stats) -> Iterator[Metric]:
+    if (usage := stats.prefix) is None:
+        return
+    for name, help_, value in (
+        ("prefix_tokens", "Prompt tokens looked up in the prefix cache.", usage.looked_up),
+        ("prefix_hit_tokens", "Those whose state was kept.", usage.reused),
+        ("prefix_evictions", "States that made room for others.", usage.evicted),
+    ):
+        yield CounterMetricFamily(f"difyops_{name}", help_, value)

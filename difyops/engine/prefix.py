@@ -58,12 +58,12 @@ class PrefixCache(Generic[K]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, tokens: Sequence[int]) -> K | None:
-        """The longest snapshot of a beginning of `tokens`; never of all of them, because the last
-        token's scores have yet to be computed."""
+    def find(self, tokens: Sequence[int], salt: str = "") -> K | None:
+        """The longest snapshot of a beginning of `tokens` that was kept with this `salt`; never of
+        all of them, because the last token's scores have yet to be computed."""
         self.usage.looked_up += len(tokens)
         most = len(tokens) - 1
-        for count, chained in reversed(list(_chain(tokens, self.block))):
+        for count, chained in reversed(list(_chain(tokens, self.block, salt))):
             for tail in sorted(self._tails.get(chained, ()), reverse=True):
                 end = count + tail
                 place = (chained, tuple(tokens[count:end]))
@@ -73,17 +73,17 @@ class PrefixCache(Generic[K]):
                     return self._entries[place][0]
         return None
 
-    def has(self, tokens: Sequence[int]) -> bool:
+    def has(self, tokens: Sequence[int], salt: str = "") -> bool:
         """Whether exactly these tokens are kept; they count as used."""
-        place = self._place(tokens)
+        place = self._place(tokens, salt)
         if place not in self._entries:
             return False
         self._entries.move_to_end(place)
         return True
 
-    def keep(self, tokens: Sequence[int], snapshot: K, size: int) -> None:
+    def keep(self, tokens: Sequence[int], snapshot: K, size: int, salt: str = "") -> None:
         """Keep the state behind `tokens`, `size` bytes of it; the cache owns it from now on."""
-        place = self._place(tokens)
+        place = self._place(tokens, salt)
         if place in self._entries or size > self.budget:
             self._drop(snapshot)
             return
@@ -115,14 +115,14 @@ class PrefixCache(Generic[K]):
         while self.evict():
             pass
 
-    def _place(self, tokens: Sequence[int]) -> Place:
-        *_, (count, chained) = _chain(tokens, self.block)
+    def _place(self, tokens: Sequence[int], salt: str) -> Place:
+        *_, (count, chained) = _chain(tokens, self.block, salt)
         return chained, tuple(tokens[count:])
 
 
-def _chain(tokens: Sequence[int], block: int) -> Iterator[tuple[int, bytes]]:
+def _chain(tokens: Sequence[int], block: int, salt: str) -> Iterator[tuple[int, bytes]]:
     """(tokens in whole blocks, their hash), from none on. 128 bits: two chains never meet."""
-    chained = b""
+    chained = hashlib.blake2b(salt.encode(), digest_size=16).digest()
     yield 0, chained
     for start in range(0, len(tokens) - block + 1, block):
         part = struct.pack(f"<{block}I", *tokens[start : start + block])

@@ -9,13 +9,20 @@ fresh seed; `max_tokens` is 16 for text completions and what the context holds f
 may bring its own temperature, top_p, top_k, min_p and repetition penalty: generation_config.json.
 
 Extensions, named as vLLM names them: `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
-`structured_outputs`, `chat_template_kwargs`; `reasoning_content` (or `reasoning`) in the messages
-of an assistant.
+`structured_outputs`, `chat_template_kwargs`, `cache_salt`; `reasoning_content` (or `reasoning`) in
+the messages of an assistant. Dify's provider switches reasoning by `enable_thinking` and
+`thinking`, too. Our own: `speculate` (false: guess no tokens ahead for this request). Neither it
+nor `cache_salt` changes an answer: `difyops doctor` compares answers with and without.
+
+An assistant's reasoning is the one thing that may stay out of the prompt: clients send back what
+they got, and most chat templates leave out what was thought before. intake.py refuses all else
+that the model's template does not read.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -35,17 +42,25 @@ from difyops.serving.errors import ApiError, bad_field, unsupported
 #: Choices of one request, over all its prompts.
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_MESSAGES = 8192
+MAX_BIASES = 300
+#: What chat templates call the switch of the reasoning.
+THINKING_NAMES = ("enable_thinking", "thinking")
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# fail_fast: pydantic would otherwise write an error for each of a million ids.
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Schema = dict[str, Any] | bool
+
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 def _token_ids(bias: dict[str, float]) -> dict[str, float]:
     for key in bias:
-        if not (key.isascii() and key.isdigit()):
-            raise ValueError(f"{key!r} is not a token id")
+        if not _TOKEN_ID.fullmatch(key):
+            raise ValueError(f"{key[:20]!r} is not a token id")
     return bias
 
 
@@ -53,7 +68,13 @@ def _a_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Bias = dict[str, Annotated[float, Field(ge=-100, le=100)]]
+def _few(prompts: Any) -> Any:
+    if isinstance(prompts, list) and len(prompts) > MAX_CHOICES and not isinstance(prompts[0], int):
+        raise ValueError(f"more than {MAX_CHOICES} prompts")
+    return prompts
+
+
+Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)]
 Stops = Annotated[
     list[Annotated[str, StringConstraints(min_length=1, max_length=1000)]],
     Field(max_length=MAX_STOPS),
@@ -72,12 +93,12 @@ class StreamOptions(_Body):
 
 
 class JsonSchema(_Body):
-    """`name` and `strict` label it: the schema is always enforced to the letter."""
+    """All but the schema labels it: the schema is always enforced to the letter."""
 
     name: Name
     schema_: Schema = Field(alias="schema")
     strict: bool | None = None
-    description: None = None
+    description: str | None = None
 
 
 class ResponseFormat(_Body):
@@ -139,7 +160,7 @@ class CalledFunction(_Body):
     @model_validator(mode="after")
     def _is_json(self) -> Self:
         try:
-            arguments = json.loads(self.arguments)
+            arguments = json.loads(self.arguments or "{}")
         except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
@@ -183,7 +204,8 @@ Message = Annotated[
 
 
 class Function(_Body):
-    """Arguments are constrained wherever the call is (`tool_choice`), `strict` or not."""
+    """Arguments keep to `parameters` where `strict` says so, and in every call that must be made
+    (`tool_choice`)."""
 
     name: Name
     description: str | None = None
@@ -214,6 +236,10 @@ class NamedTool(_Body):
     function: FunctionName
 
 
+class Thinking(_Body):
+    type: Literal["enabled", "disabled"]
+
+
 class GenerationRequest(_Body):
     """What chat and text completions have in common."""
 
@@ -223,7 +249,7 @@ class GenerationRequest(_Body):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None  # 0: the likeliest token alone
     top_k: Annotated[int, Field(ge=-1)] | None = None  # 0 and -1: all
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -234,6 +260,9 @@ class GenerationRequest(_Body):
     stop: Annotated[Stops, BeforeValidator(_a_list)] | None = None
     ignore_eos: bool | None = None
     structured_outputs: StructuredOutputs | None = None
+    # Prompts share what is kept of them only where the salt is the same.
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
+    speculate: bool | None = None
     # A tag of an end user; it changes no answer.
     user: str | None = None
 
@@ -248,6 +277,11 @@ class GenerationRequest(_Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
+    def count(self) -> int:
+        """Choices, over all prompts."""
+        return self.n or 1
+
+    @property
     def most_tokens(self) -> int | None:
         """The most tokens of an answer; None: what the context holds."""
         return self.max_tokens
@@ -259,7 +293,7 @@ class GenerationRequest(_Body):
 
 
 class ChatRequest(GenerationRequest):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -268,6 +302,9 @@ class ChatRequest(GenerationRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: NonEmpty | None = None
+    enable_thinking: bool | None = None
+    thinking: Thinking | None = None
     # What changes no answer here: tags, hints, and the values that mean what is done anyway.
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
@@ -275,6 +312,7 @@ class ChatRequest(GenerationRequest):
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
+    reasoning_format: Literal["auto", "deepseek"] | None = None  # llama.cpp's
     # OpenAI's fields that this server lacks.
     audio: None = None
     function_call: None = None
@@ -283,7 +321,6 @@ class ChatRequest(GenerationRequest):
     prediction: None = None
     prompt_cache_options: None = None
     prompt_cache_retention: None = None
-    reasoning_effort: None = None
     verbosity: None = None
     web_search_options: None = None
 
@@ -295,6 +332,10 @@ class ChatRequest(GenerationRequest):
             self.max_tokens != self.max_completion_tokens
         ):
             raise ValueError("max_tokens: max_completion_tokens says something else")
+        if len(set(self._switches)) > 1:
+            raise ValueError(
+                "enable_thinking: thinking or chat_template_kwargs says something else"
+            )
         self._check_tools()
         if self.structured_outputs and self.response_format:
             raise ValueError("structured_outputs: not together with response_format")
@@ -304,18 +345,29 @@ class ChatRequest(GenerationRequest):
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             raise ValueError("tools: two of them have the same name")
-        if isinstance(self.tool_choice, NamedTool):
-            if self.tool_choice.function.name not in names:
-                raise ValueError(f"tool_choice: no tool {self.tool_choice.function.name!r}")
-        elif self.tool_choice == "required" and not names:
-            raise ValueError("tool_choice: required, but there are no tools")
-        if not self.must_call and any(t.function.strict for t in self.callable_tools):
-            raise ValueError(
-                "tools: strict: true can be kept only with tool_choice required or a named tool"
-            )
+        choice = self.tool_choice
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise ValueError(f"tool_choice: no tool {choice.function.name!r}")
+        for field in ("tool_choice", "parallel_tool_calls"):
+            if getattr(self, field) is not None and not names:
+                raise ValueError(f"{field}: only with tools")
         if self.callable_tools and (self.structured_outputs or self.wants_json):
             field = "structured_outputs" if self.structured_outputs else "response_format"
             raise ValueError(f"{field}: not together with tools that may be called")
+
+    @property
+    def _switches(self) -> list[bool]:
+        """Of the reasoning, under all the names that clients have for it."""
+        named = [(self.chat_template_kwargs or {}).get(name) for name in THINKING_NAMES]
+        found = [self.enable_thinking, *named]
+        if self.thinking is not None:
+            found.append(self.thinking.type == "enabled")
+        return [value for value in found if isinstance(value, bool)]
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether the answer is to begin with reasoning; None: as the template has it."""
+        return next(iter(self._switches), None)
 
     @property
     def wants_json(self) -> bool:
@@ -334,6 +386,11 @@ class ChatRequest(GenerationRequest):
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
+    def whole_is_constrained(self) -> bool:
+        """From the answer's first token on, but for a reasoning that the prompt has opened."""
+        return self.must_call or self.wants_json or self.structured_outputs is not None
+
+    @property
     def most_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
@@ -343,12 +400,10 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
-        | Tokens
-        | Annotated[list[Tokens], Field(min_length=1)]
-    )
+    prompt: Annotated[
+        str | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)],
+        BeforeValidator(_few),
+    ]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     # OpenAI's fields that this server lacks.
@@ -359,9 +414,13 @@ class CompletionRequest(GenerationRequest):
     def _is_possible(self) -> Self:
         if self.echo and self.logprobs is not None:
             raise ValueError("logprobs: not together with echo; a prompt's are not computed")
-        if len(self.prompts) * (self.n or 1) > MAX_CHOICES:
+        if self.count > MAX_CHOICES:
             raise ValueError(f"prompt: with n, more than {MAX_CHOICES} choices")
         return self
+
+    @property
+    def count(self) -> int:
+        return len(self.prompts) * (self.n or 1)
 
     @property
     def prompts(self) -> Sequence[str | list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -122,14 +121,17 @@ class Request:
 
     `tokens` is the prompt and what was generated; the first `computed` of them are in the state of
     `slot`. A request that waits, or that was preempted, has no slot and nothing computed.
+    Without `speculate` nothing is guessed for it; states that are kept serve only requests with
+    the same `salt`. Neither changes a token.
     """
 
     prompt: Sequence[int]
     sampling: SamplingParams
     text: TextStream
     constraint: Constraint | None = None
+    speculate: bool = True
+    salt: str = ""
     number: int = field(default_factory=lambda: next(_numbers))
-    arrived: float = field(default_factory=time.monotonic)
 
     tokens: list[int] = field(init=False)
     computed: int = field(default=0, init=False)
@@ -138,8 +140,6 @@ class Request:
     slot: int | None = field(default=None, init=False)
     cancelled: bool = field(default=False, init=False)
     finish: FinishReason | None = field(default=None, init=False)
-    first_token_at: float | None = field(default=None, init=False)
-    last_token_at: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)

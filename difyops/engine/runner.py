@@ -38,6 +38,8 @@ class Counters:
     finished: dict[FinishReason, int] = field(
         default_factory=lambda: dict.fromkeys(FinishReason, 0)
     )
+    #: Sequences in decoding passes of the model, summed: without guesses each makes one token.
+    passes: int = 0
     #: By place behind the last token: guesses made, and those that came true.
     drafted: dict[int, int] = field(default_factory=dict)
     accepted: dict[int, int] = field(default_factory=dict)
@@ -59,6 +61,7 @@ class Stats:
     state_bytes: int
     counters: Counters
     prefix: Usage | None  # None: no prefix cache
+    guesses: int  # of the last pass, for each sequence
 
 
 def joined(before: Output | None, after: Output) -> Output:
@@ -78,7 +81,10 @@ class Engine:
 
     `slots` sequences run at a time, each of at most `context` tokens. `pages` bounds the keys and
     values of softmax layers over all sequences; without it every slot can be full. `drafter`
-    guesses ahead, as far as it pays. `prefix_bytes` of state are kept for prompts that begin alike.
+    guesses ahead: `guesses` tokens in every pass, or without it as many as pay. `prefix_bytes` of
+    state are kept for prompts that begin alike.
+
+    Raises ValueError for `guesses` that the drafter cannot make.
     """
 
     def __init__(
@@ -91,14 +97,20 @@ class Engine:
         prefill_tokens: int = 512,
         max_waiting: int = 256,
         drafter: Drafter | None = None,
+        guesses: int | None = None,
         prefix_bytes: int = 0,
     ) -> None:
+        most = drafter.most if drafter is not None else 0
+        if guesses is not None and not 0 <= guesses <= most:
+            raise ValueError(f"guesses: {guesses} is not from 0 to {most}, what is drafted at most")
         self.model = model.eval().requires_grad_(False)
         self.device = model.embed.weight.device
         self.context = context
         self.drafter = drafter
-        self._adaptive = Adaptive(drafter.most) if drafter is not None else None
-        window = 1 + (drafter.most if drafter is not None else 0)
+        self._adaptive = Adaptive(most) if most and guesses is None else None
+        self._last_guesses = guesses or 0  # for good, where nothing adapts
+        self._pays: dict[int, bool] = {}  # by size of batch, as Adaptive groups them
+        window = 1 + most
         self.pool = StatePool(
             model.state_specs(),
             drafting=drafter.state_specs() if drafter is not None else (),
@@ -113,7 +125,13 @@ class Engine:
         )
         self._scheduler = Scheduler(
             self.pool.table,
-            Limits(context, prefill_tokens, max_waiting, window),
+            Limits(
+                context,
+                prefill_tokens,
+                max_waiting,
+                window,
+                block=self.cache.block if self.cache is not None else 0,
+            ),
             self._resume,
             self._reclaim,
         )
@@ -131,16 +149,26 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request, deliver: Deliver) -> None:
-        """Queue a request. `deliver` is called for every step that adds to it, last with a finish.
+        """Queue a request; see submit_all."""
+        self.submit_all({request: deliver})
+
+    def submit_all(self, requests: Mapping[Request, Deliver]) -> None:
+        """Queue requests, all or none. A request's `deliver` is called for every step that adds to
+        it, last with a finish.
 
         Raises QueueFull, EngineStopped, or ValueError for a prompt that does not fit.
         """
         with self._turn:
             if self._stopping:
                 raise EngineStopped(self.failure or "the engine is stopping")
-            self._scheduler.submit(request)
-            self._deliver[request] = deliver
+            self._scheduler.submit(*requests)
+            self._deliver.update(requests)
             self._turn.notify()
+
+    @property
+    def most_at_once(self) -> int:
+        """Requests that an idle engine takes at a time."""
+        return self.pool.table.slots + self._scheduler.limits.max_waiting
 
     def cancel(self, request: Request) -> None:
         """Its client has left: the slot is free at the next step."""
@@ -172,6 +200,7 @@ class Engine:
                 state_bytes=self.pool.bytes,
                 counters=copy.deepcopy(self._counters),
                 prefix=copy.copy(self.cache.usage) if self.cache is not None else None,
+                guesses=self._last_guesses,
             )
 
     @torch.inference_mode()
@@ -200,10 +229,11 @@ class Engine:
                     self._fail(batch, f"the model failed: {type(error).__name__}")
                 else:
                     self._hand_out(batch, outputs)
-        except Exception as error:
+        except BaseException as error:  # a panic of Rust's is no Exception
             log.exception("the engine ends")
             self.failure = f"{type(error).__name__}: {error}"
-        self._end()
+        finally:
+            self._end()
 
     def _next(self) -> Batch | None:
         """The next work, waited for; None when the engine is to end."""
@@ -226,7 +256,10 @@ class Engine:
             done = [span.request for span in batch.prefill if span.last]
             self._judge(done, self.model.logits(hidden)[:, None], [[]] * len(done), outputs)
         if batch.decode:
-            began, k = time.monotonic(), self._guesses(len(batch.decode))
+            # The last token of a prompt may be all that is left to read of it.
+            self._counters.prompt_tokens += sum(not request.count for request in batch.decode)
+            began, k = time.monotonic(), self._guesses(batch.decode)
+            self._counters.passes += len(batch.decode)
             if k:
                 self._speculate(batch.decode, k, outputs)
             else:
@@ -272,7 +305,10 @@ class Engine:
         drafts = self.drafter.draft(requests, slots, self.pool, k)
         window = windows(requests, drafts)
         hidden = self.model.verify(window, self.pool, slots)
-        guesses = drafts.tolist()
+        # One that wants no guesses goes along with the others' window.
+        guesses = [
+            row if r.speculate else [] for r, row in zip(requests, drafts.tolist(), strict=True)
+        ]
         taken = self._judge(requests, self.model.logits(hidden), guesses, outputs)
         accepted = self._tensor(taken)
         self.model.commit(self.pool, slots, accepted)
@@ -280,7 +316,8 @@ class Engine:
         self._drafter_reads(packed(window, accepted), packed(hidden, accepted), slots, bounds)
         for request, guessed, count in zip(requests, guesses, taken, strict=True):
             request.computed += count
-            self._learn(guessed, count - 1, request)
+            # Guesses behind the end of an answer were neither right nor wrong.
+            self._learn(guessed, count - 1, count if outputs[request].finish is None else count - 1)
 
     def _judge(
         self,
@@ -297,18 +334,15 @@ class Engine:
         """
         taken, going = [0] * len(requests), list(range(len(requests)))
         for place in range(logits.shape[1]):
-            now = time.monotonic()
             choices = sample.choose(logits[going, place], [requests[i] for i in going])
             still = []
             for i, choice in zip(going, choices, strict=True):
                 request, taken[i] = requests[i], place + 1
                 output = outputs[request] = joined(
-                    outputs.get(request), self._accept(request, choice, now)
+                    outputs.get(request), self._accept(request, choice)
                 )
-                if (
-                    output.finish is None
-                    and choice
-                    and choice.token in guesses[i][place : place + 1]
+                if output.finish is None and output.tokens[-1:] == tuple(
+                    guesses[i][place : place + 1]
                 ):
                     still.append(i)
             if not still:
@@ -316,27 +350,41 @@ class Engine:
             going = still
         return taken
 
-    def _guesses(self, batch: int) -> int:
-        return self._adaptive.choose(batch) if self._adaptive is not None else 0
+    def _guesses(self, requests: Sequence[Request]) -> int:
+        """How many tokens to guess now; says in the log when it stops or begins to pay."""
+        if self.drafter is None or not any(request.speculate for request in requests):
+            return 0
+        if self._adaptive is None:
+            return self._last_guesses
+        batch = len(requests)
+        settled = self._adaptive.settled(batch)
+        if settled is not None and bool(settled) != self._pays.get(batch.bit_length()):
+            self._pays[batch.bit_length()] = bool(settled)
+            which = f"{settled} tokens" if settled else "off, it does not pay"
+            log.info("speculation by %s with %d running: %s", self.drafter.name, batch, which)
+        self._last_guesses = self._adaptive.choose(batch)
+        return self._last_guesses
 
     def _drafter_reads(self, tokens: Tensor, hidden: Tensor, slots: Tensor, cu: Tensor) -> None:
         if self.drafter is not None:
             self.drafter.read(Read(tokens, hidden, slots, cu), self.pool)
 
-    def _learn(self, guessed: Sequence[int], hits: int, request: Request) -> None:
-        """Count guesses that came true; those that were cut off by the end say nothing."""
-        tried = sum(guess >= 0 for guess in guessed)
+    def _learn(self, guessed: Sequence[int], hits: int, judged: int) -> None:
+        """Count guesses that came true among the first `judged` ones."""
+        tried = min(judged, sum(guess >= 0 for guess in guessed))
         counts = self._counters
         for place in range(tried):
             counts.drafted[place] = counts.drafted.get(place, 0) + 1
             counts.accepted[place] = counts.accepted.get(place, 0) + (place < hits)
         if self._adaptive is not None:
-            self._adaptive.came_true(hits, len(guessed))
+            self._adaptive.came_true(hits, min(judged, len(guessed)))
 
     def _resume(self, request: Request) -> int:
         """Put the longest kept beginning of the request into its new slot. The turn is held."""
-        found = self.cache.find(request.tokens) if self.cache is not None else None
-        if found is None or request.slot is None:
+        if self.cache is None or request.slot is None:
+            return 0
+        found = self.cache.find(request.tokens, request.salt)
+        if found is None:
             return 0
         try:
             self.pool.restore(request.slot, found)
@@ -354,9 +402,10 @@ class Engine:
             return
         tokens = request.tokens[: request.computed]
         with self._turn:
-            if not self.cache.has(tokens):
+            if not self.cache.has(tokens, request.salt):
                 snapshot = self.pool.snapshot(request.slot)
-                self.cache.keep(tokens, snapshot, self.pool.snapshot_bytes(snapshot))
+                size = self.pool.snapshot_bytes(snapshot)
+                self.cache.keep(tokens, snapshot, size, request.salt)
 
     def _hand_out(self, batch: Batch, outputs: Mapping[Request, Output]) -> None:
         with self._turn:
@@ -368,26 +417,26 @@ class Engine:
                 if output.finish is None:
                     self._deliver[request](output)
                 else:
-                    self._keep(request)
+                    if output.finish is not FinishReason.ERROR:
+                        self._keep(request)
                     self._finish(request, output)
 
-    def _accept(self, request: Request, choice: TokenLogprob | None, now: float) -> Output:
+    def _accept(self, request: Request, choice: TokenLogprob | Exception) -> Output:
         """Take a token in: what it adds to the text, and whether it is the last."""
-        if choice is None:
-            return Output(finish=FinishReason.ERROR, error="the model's scores are not numbers")
         try:
-            return self._taken_in(request, choice, now)
+            if isinstance(choice, Exception):
+                raise choice
+            return self._taken_in(request, choice)
         except Exception as error:
-            log.exception("request %d failed", request.number)
-            return Output(finish=FinishReason.ERROR, error=f"the engine failed: {error}")
+            # Of this request alone: a grammar that cannot go on, scores that are no numbers.
+            log.warning("request %d failed: %s", request.number, error, exc_info=error)
+            return Output(finish=FinishReason.ERROR, error=f"the answer broke off: {error}")
 
-    def _taken_in(self, request: Request, choice: TokenLogprob, now: float) -> Output:
+    def _taken_in(self, request: Request, choice: TokenLogprob) -> Output:
         token, params = choice.token, request.sampling
-        self._counters.generated_tokens += 1
-        request.first_token_at = request.first_token_at or now
-        request.last_token_at = now
         if token in params.stop_ids:
             return Output(text=request.text.flush(), finish=FinishReason.STOP)
+        self._counters.generated_tokens += 1
         request.tokens.append(token)
         text = request.text.push(token)
         finish = None

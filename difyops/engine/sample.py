@@ -16,27 +16,35 @@ from difyops.engine.layers import wide
 from difyops.engine.request import Request, SamplingParams, TokenLogprob
 
 
-def choose(logits: Tensor, requests: Sequence[Request]) -> list[TokenLogprob | None]:
+def choose(logits: Tensor, requests: Sequence[Request]) -> list[TokenLogprob | Exception]:
     """The next token of each request: logits [R, V], row i for requests[i].
 
-    None for a row that holds no numbers. Log-probabilities are the model's own: of the logits
+    For a row that holds no numbers, or whose grammar fails, the exception that says so: the other
+    rows are nobody else's business. Log-probabilities are the model's own: of the logits
     before penalties, grammar and temperature; nan where none were asked for.
     """
     scores = logits.to(wide(logits.dtype))
+    failed: dict[int, Exception] = {
+        i: ValueError("the model's scores are not numbers")
+        for i, broken in enumerate(scores.isnan().any(-1).tolist())
+        if broken
+    }
     adjusted = scores
     changed = [i for i, request in enumerate(requests) if _is_adjusted(request)]
     if changed:
         adjusted = scores.clone()
         for i in changed:
-            adjusted[i] = adjust(scores[i], requests[i])
+            try:
+                adjusted[i] = adjust(scores[i], requests[i])
+            except Exception as error:
+                failed[i] = error
     tokens = adjusted.argmax(-1).tolist()
-    broken = scores.isnan().any(-1).tolist()
     for i, request in enumerate(requests):
-        if request.sampling.temperature > 0 and not broken[i]:
+        if request.sampling.temperature > 0 and i not in failed:
             shares = probabilities(adjusted[i], request.sampling)
             tokens[i] = draw(shares, uniform(request.sampling.seed, len(request.tokens)))
     return [
-        None if broken[i] else _reported(scores[i], token, requests[i].sampling.logprobs)
+        failed.get(i) or _reported(scores[i], token, requests[i].sampling.logprobs)
         for i, token in enumerate(tokens)
     ]
 

@@ -25,6 +25,9 @@ class Limits:
     prefill_tokens: int = 512
     max_waiting: int = 256
     window: int = 1
+    #: A prompt's last part begins at a multiple of it, so that what is kept before it can be
+    #: resumed by the same prompt and by others that begin alike. 0: nothing is kept.
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,24 @@ class Scheduler:
         self.running: list[Request] = []  # by age
         self.preemptions = 0
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises QueueFull, or ValueError for one that can never be run."""
+    def submit(self, *requests: Request) -> None:
+        """Queue requests, all or none. Raises QueueFull, or ValueError for one that can never be
+        run. Those that a free slot waits for do not count as waiting."""
+        for request in requests:
+            self._check(request)
+        waiting = len(self.waiting) + len(requests) - self.table.free_slots
+        if waiting > self.limits.max_waiting:
+            raise QueueFull(len(self.waiting), retry_after=1 + len(self.waiting) // 32)
+        self.waiting.extend(requests)
+
+    def _check(self, request: Request) -> None:
         if not 0 < len(request.prompt) < self.limits.context:
             raise ValueError(
                 f"a prompt of {len(request.prompt)} tokens; 1 to {self.limits.context - 1} fit"
             )
         most = min(len(request.prompt) + request.sampling.max_tokens, self.limits.context)
         if self.table.needed(most + self.limits.window) > self.table.pages:
-            raise ValueError(f"{most} tokens are more than all pages hold")
-        if len(self.waiting) >= self.limits.max_waiting:
-            raise QueueFull(len(self.waiting), retry_after=1 + len(self.waiting) // 32)
-        self.waiting.append(request)
+            raise ValueError(f"{most} tokens are more than all {self.table.pages} pages hold")
 
     def next(self) -> Batch:
         """The next step's work. Cancelled requests have left before it is chosen."""
@@ -99,7 +108,7 @@ class Scheduler:
                 decode.append(request)
         spans = []
         for request, count in _shares(reading, self.limits.prefill_tokens):
-            stop = request.computed + count
+            stop = self._stop(request, request.computed + count)
             if request.slot is not None and self._grow(request, stop):
                 spans.append(Span(request, request.computed, stop))
         # An older prompt's growth may have preempted what was chosen before it.
@@ -107,6 +116,13 @@ class Scheduler:
             tuple(span for span in spans if span.request.slot is not None),
             tuple(request for request in decode if request.slot is not None),
         )
+
+    def _stop(self, request: Request, stop: int) -> int:
+        """Where a part of the prompt ends that could go on to `stop`."""
+        if not self.limits.block or stop < len(request.tokens):
+            return stop
+        boundary = (stop - 1) // self.limits.block * self.limits.block
+        return boundary if boundary > request.computed else stop
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """The request has ended; its slot is free at once."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from difyops.engine.schemafacts import TYPES, equal, finite, literals, types_of
+from difyops.engine.schemafacts import TYPES, equal, finite, literals, resolve, types_of
 
 MAX_BYTES = 128 * 1024
 MAX_DEPTH = 64
@@ -26,6 +26,8 @@ MAX_NAMES = 1000
 MAX_LEVELS = 800
 #: Branches of a oneOf; each is compared with each.
 MAX_COMPARED = 100
+#: Subschemas and values compared for all the oneOfs of a schema, about a fifth of a second.
+MAX_COMPARISONS = 100_000
 #: Integers up to here are exact in float64, which is what llguidance computes in.
 MAX_INTEGER = 2**53
 
@@ -148,6 +150,8 @@ class _Reader:
         self._names: dict[str, str] = {}  # the same pointers -> names in defs
         self._unread: list[tuple[str, str]] = []
         self._one_ofs: list[dict[str, Any]] = []
+        self._compared: dict[tuple[int, int], bool] = {}  # pairs of ids of what was read
+        self._budget = MAX_COMPARISONS
         self._deepest = 0
         self._levels = 0
         self._old = self._is_old_draft(root)
@@ -168,9 +172,9 @@ class _Reader:
         while self._unread:  # not by recursion: references may chain
             name, pointer = self._unread.pop()
             self.defs[name] = self._read_all(self.targets[pointer], pointer)
+        self._check_finite()  # first: what leads only to itself is not to be compared
         for out in self._one_ofs:
             self._relax(out)
-        self._check_finite()
         return result
 
     def _read_all(self, schema: Any, at: str) -> Any:
@@ -215,16 +219,10 @@ class _Reader:
         out["$ref"] = f"#/$defs/{self._names[pointer]}"
 
     def _resolve(self, pointer: str, at: str) -> Any:
-        found = self.root
-        for raw in pointer.split("/")[1:]:
-            part = raw.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and part.isdecimal() and int(part) < len(found):
-                found = found[int(part)]
-            elif isinstance(found, dict) and part in found:
-                found = found[part]
-            else:
-                raise UnsupportedSchema(at, "$ref", f"'#{pointer}' does not exist")
-        return found
+        try:
+            return resolve(self.root, pointer)
+        except LookupError:
+            raise UnsupportedSchema(at, "$ref", f"'#{pointer}' does not exist") from None
 
     def _subschema(self, out: Any, schema: Any, keyword: str, value: Any, at: str, n: int) -> None:
         out[keyword] = self.read(value, at, n)
@@ -360,15 +358,30 @@ class _Reader:
                 out["anyOf"] = options
 
     def _disjoint(self, a: Any, b: Any, depth: int) -> bool:
-        """Provably no value satisfies both, so that `oneOf` says the same as `anyOf`."""
+        """Provably no value satisfies both, so that `oneOf` says the same as `anyOf`.
+
+        False as well where that would take too long to find out.
+        """
         a, b = self._target(a), self._target(b)
         if not isinstance(a, dict) or not isinstance(b, dict) or depth > 8:
             return False
-        if not types_of(a) & types_of(b):
+        pair = id(a), id(b)
+        if pair not in self._compared:
+            self._compared[pair] = False  # for a pair that leads back to itself
+            self._compared[pair] = self._compare(a, b, depth)
+        return self._compared[pair]
+
+    def _compare(self, a: dict[str, Any], b: dict[str, Any], depth: int) -> bool:
+        values, others = literals(a), literals(b)
+        self._budget -= 1 + len(values or ()) * len(others or ())
+        if self._budget < 0:
+            return False
+        types = types_of(a) & types_of(b)
+        if not types:
             return True
-        if (values := literals(a)) is not None and (others := literals(b)) is not None:
+        if values is not None and others is not None:
             return not any(equal(v, w) for v in values for w in others)
-        if types_of(a) & types_of(b) != {"object"}:
+        if types != {"object"}:
             return False
         shared = set(a.get("required", ())) & set(b.get("required", ()))
         props, other_props = a.get("properties", {}), b.get("properties", {})

@@ -7,32 +7,29 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import ipaddress
 import logging
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
+from difyops.backends import reachable
 from difyops.engine.config import EngineConfig, LlmConfig
 from difyops.errors import (
     EXIT_CANNOT_START,
     EXIT_FAILED,
     EXIT_USAGE,
     DifyopsError,
-    PrerequisiteError,
     UsageError,
 )
 from difyops.serving import process
-from difyops.serving.llama import default_threads
 
 if TYPE_CHECKING:
-    from difyops.engine.intake import Llm
-    from difyops.engine.models.decoder import Decoder
     from difyops.engine.runner import Stats
     from difyops.engine.service import Service
 
@@ -56,6 +53,10 @@ def serve(config: EngineConfig) -> int:
     if config.embedding is not None:
         needed += ["onnxruntime", "tokenizers"]
     process.require(needed, "engine")
+    if config.key is None and not _is_loopback(config.host):
+        log.warning("%s without an API key: whoever reaches it may use it", config.host)
+    if config.llm is not None:
+        check(config.llm)
     with process.listen(config.host, config.port) as listener:
         code = asyncio.run(_serve(config, listener))
     if _loader_runs():
@@ -63,6 +64,26 @@ def serve(config: EngineConfig) -> int:
         logging.shutdown()
         os._exit(code)
     return code
+
+
+def check(config: LlmConfig) -> None:
+    """What can be known of a model without downloading or loading it. Raises DifyopsError."""
+    from difyops import catalog
+    from difyops.engine import headers, sources
+
+    if config.model in catalog.names():
+        entry = catalog.get_llm(config.model)  # or says that it is no chat model
+        headers.check_context(config.context, config.id, entry.trained_context)
+    elif not sources.is_download(config.model):
+        path = sources.resolve(config.model, config.cache or sources.default_cache(), log.info)
+        headers.look(path, config.id, config.context)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class _Server(process.Server):
@@ -77,6 +98,11 @@ class _Server(process.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._service.draining:  # asked a second time
             self._service.stopping.set()
+        elif running := self._service.active:
+            answers = "1 answer has" if running == 1 else f"{running} answers have"
+            log.info("stopping: %s %.1f s to finish", answers, process.FINISH)
+        else:
+            log.info("stopping")
         self._service.draining = True
         super().handle_exit(sig, frame)
 
@@ -90,8 +116,9 @@ async def _serve(config: EngineConfig, listener: socket.socket) -> int:
 
     service = Service(config)
     server = _Server(service)
-    log.info("listening on http://%s:%d", config.host, listener.getsockname()[1])
-    keeper = asyncio.create_task(_keep(service, server))
+    port = listener.getsockname()[1]
+    log.info("listening on http://%s:%d", config.host, port)
+    keeper = asyncio.create_task(_keep(service, server, port))
     try:
         await server.serve(sockets=[listener])
         # The keeper has an exit code only if it was the one that ended the service.
@@ -101,9 +128,10 @@ async def _serve(config: EngineConfig, listener: socket.socket) -> int:
         await asyncio.wait((keeper,))
         if service.llm is not None:
             await asyncio.to_thread(service.llm.engine.stop)
+        log.info("stopped")
 
 
-async def _keep(service: Service, server: _Server) -> int:
+async def _keep(service: Service, server: _Server, port: int) -> int:
     """Load, then watch. Returns only when the service cannot go on, with the exit code."""
     began = time.monotonic()
     try:
@@ -111,14 +139,22 @@ async def _keep(service: Service, server: _Server) -> int:
     except DifyopsError as error:
         process.log_error(log, error)
         code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_CANNOT_START
-    except Exception:
+    except asyncio.CancelledError:
+        raise
+    except BaseException:  # a panic of Rust's is no Exception
         log.exception("loading failed")
         code = EXIT_CANNOT_START
     else:
         service.ready = True
-        for entry in service.describe():
+        if service.embedder is not None:
+            entry = service.describe()[-1]
             log.info("%s: %d tokens of context", entry["id"], entry["context_length"])
         log.info("ready after %.1f s", time.monotonic() - began)
+        if service.llm is not None:
+            key = " (with DIFYOPS_API_KEY set there, too)" if service.config.key else ""
+            log.info(
+                "ask it: difyops chat --url %s/v1%s", reachable(service.config.host, port), key
+            )
         log.error("the engine ended: %s", await _watch(service))
         code = EXIT_FAILED
     service.ready = False
@@ -137,77 +173,18 @@ def load(service: Service) -> None:
             embedding.model, embedding.tokenizer, embedding.max_tokens, embedding.threads
         )
     if config.llm is not None:
+        log.info("loading %s", _called(config.llm))
+        from difyops.engine.opening import open_llm  # torch takes seconds
+
         service.llm = open_llm(config.llm)
         service.metrics.watch(service.llm.engine)
 
 
-def open_llm(config: LlmConfig) -> Llm:
-    """A loaded model whose engine runs and is warm. Raises DifyopsError."""
-    import torch
-
-    from difyops.engine import load as checkpoints
-    from difyops.engine.chat import ChatTemplate
-    from difyops.engine.grammar import Grammars
-    from difyops.engine.intake import Llm
-    from difyops.engine.runner import Engine
-    from difyops.engine.sources import resolve
-
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(config.threads or default_threads())
-    path = resolve(config.model, config.cache or default_cache(), log.info)
-    loaded = checkpoints.load(path, dtype=config.dtype, device=device)
-    words = loaded.tokenizer
-    if config.context is not None and config.context > loaded.context:
-        log.warning("%s: %d tokens of context were asked for", config.id, config.context)
-    context = min(config.context or loaded.context, loaded.context)
-    try:
-        template = None
-        if words.chat_template is not None:
-            template = ChatTemplate(words.chat_template, words.special)
-        grammars = None
-        if words.stop_ids:
-            grammars = Grammars(words.backend, loaded.model.shape.vocabulary, words.stop_ids)
-        engine = Engine(
-            loaded.model,
-            slots=config.slots,
-            context=context,
-            pages=config.pages or default_pages(loaded.model, config.slots, context),
-            prefill_tokens=config.prefill_tokens,
-            max_waiting=config.max_waiting,
-        )
-        engine.warm_up()
-    except (ValueError, RuntimeError, MemoryError) as error:
-        raise PrerequisiteError(f"cannot serve {config.id} from {path}: {error}") from error
-    engine.start()
-    defaults = replace(loaded.sampling, **config.sampling.given())
-    return Llm(config.id, engine, words, template, grammars, defaults)
-
-
-def default_pages(model: Decoder, slots: int, context: int) -> int:
-    """Pages for every slot to be full, or as many as a quarter of the free memory holds.
-
-    Sequences rarely fill the context; when they do, the youngest waits. One always fits.
-    """
-    import psutil
-    import torch
-
-    from difyops.engine.state import PAGE_SIZE
-
-    each = PAGE_SIZE * sum(spec.token_bytes for spec in model.state_specs())
-    if each == 0:
-        return 0
-    device = model.embed.weight.device
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-    one = -(-(context + 1) // PAGE_SIZE)
-    return max(one, min(slots * one, free // 4 // each))
-
-
-def default_cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "difyops" / "models"
+def _called(config: LlmConfig) -> str:
+    """The model as a person knows it; a deployment's link has a name that says nothing."""
+    link = Path(config.model)
+    source = str(link.readlink()) if link.is_symlink() else config.model
+    return config.id if source == config.id else f"{config.id} from {source}"
 
 
 async def _watch(service: Service) -> str:
@@ -216,20 +193,25 @@ async def _watch(service: Service) -> str:
         for_ever: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         return await for_ever
     engine = service.llm.engine
-    before, since = engine.stats(), time.monotonic()
+    before = last = engine.stats()
+    since = looked = time.monotonic()
+    busy = 0.0  # seconds in which the engine made steps
     while engine.failure is None:
         await asyncio.sleep(LOOK_EVERY)
-        if (passed := time.monotonic() - since) < STATUS_EVERY:
+        now, moment = engine.stats(), time.monotonic()
+        if now.counters.steps > last.counters.steps:
+            busy += moment - looked
+        last, looked = now, moment
+        if moment - since < STATUS_EVERY:
             continue
-        now = engine.stats()
-        if now.counters.steps > before.counters.steps:
-            log.info("%s", status_line(before, now, passed))
-        before, since = now, time.monotonic()
+        if busy:
+            log.info("%s", status_line(before, now, busy))
+        before, since, busy = now, moment, 0.0
     return engine.failure
 
 
 def status_line(before: Stats, now: Stats, seconds: float) -> str:
-    """What the engine did between two moments."""
+    """What the engine did between two moments, in the `seconds` in which it made steps."""
 
     def rate(name: str) -> str:
         each = (getattr(now.counters, name) - getattr(before.counters, name)) / seconds

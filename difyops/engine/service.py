@@ -37,7 +37,8 @@ class Service:
         """Entries of `/v1/models`; lengths in tokens."""
         entries = []
         if self.llm is not None:
-            entries.append(model_entry(self.llm.id, self.llm.context, self.created))
+            entry = model_entry(self.llm.id, self.llm.context, self.created)
+            entries.append(entry | {"tools": self.llm.tool_format is not None})
         if self.config.embedding is not None and self.embedder is not None:
             entries.append(embedder_entry(self.config.embedding.id, self.embedder, self.created))
         return entries

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -124,9 +124,6 @@ class SlotTable:
 
     def pages_of(self, slot: int) -> Sequence[int]:
         return self._owned[slot]
-
-    def taken(self) -> Iterator[int]:
-        return iter(self._owned)
 
     def check(self, leases: Sequence[Lease] = ()) -> None:
         """Every slot and page is free or owned, once. `leases` are all that are out.

@@ -43,6 +43,18 @@ def forms() -> str:
     )
 
 
+def default_cache() -> Path:
+    """Where downloads are kept unless a person says otherwise."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "difyops" / "models"
+
+
+def is_download(model: str) -> bool:
+    """Whether `model` may have to be fetched: all but a path."""
+    scheme, colon, _ = model.partition(":")
+    return bool(colon and scheme in _SCHEMES) or model in catalog.names()
+
+
 def resolve(model: str, cache: Path, progress: Progress) -> Path:
     """The directory (Hugging Face's layout) or .gguf file that `model` means, downloaded if needed.
 
@@ -69,9 +81,13 @@ def resolve(model: str, cache: Path, progress: Progress) -> Path:
 def model_in(path: Path) -> Path:
     """`path` if it is a model, or the one GGUF file in it. Raises PrerequisiteError."""
     if path.is_file():
-        if path.suffix == ".gguf":
-            return path
-        raise PrerequisiteError(f"{path}: not a .gguf file", forms())
+        named = path
+        # A link may have any name; what it leads to may again be a link, into a store of blobs.
+        while named.suffix != ".gguf" and named.is_symlink():
+            named = named.parent / named.readlink()
+        if named.suffix != ".gguf":
+            raise PrerequisiteError(f"{path}: not a .gguf file", forms())
+        return named
     if (path / "config.json").is_file():
         return path
     found = sorted(path.glob("*.gguf"))
@@ -84,11 +100,8 @@ def model_in(path: Path) -> Path:
 
 
 def _catalog(name: str, cache: Path, progress: Progress) -> Path:
-    file = catalog.get_llm(name).weights
-    there = {"name": name, "file": file.file, "sha256": file.sha256, "size": file.bytes}
-    if not modelsource.present(**there, directory=cache):  # type: ignore[arg-type]
-        progress(f"{name}: getting {file.file} ({file.bytes / 1e6:.0f} MB) from {file.source}")
-    return modelsource.fetch(file.source, file.member, **there, directory=cache)  # type: ignore[arg-type]
+    catalog.get_llm(name)  # or says that it is no chat model
+    return modelsource.fetch_model(name, cache, tell=progress)["weights"]
 
 
 def _repository(scheme: str, text: str) -> tuple[str, str, str | None]:

@@ -63,19 +63,17 @@ class Answer(Response):
 
     def submit(self) -> None:
         """Queue all of the job's requests, or none. Raises ApiError."""
+        deliver = self._service.inbox.deliver
         try:
-            for index, request in enumerate(self._job.requests):
-                self._engine.submit(request, self._service.inbox.deliver(self._outputs, index))
+            self._engine.submit_all(
+                {r: deliver(self._outputs, i) for i, r in enumerate(self._job.requests)}
+            )
         except QueueFull as full:
-            error = errors.queue_full(full.waiting, full.retry_after)
+            raise errors.queue_full(full.waiting, full.retry_after) from None
         except EngineStopped:
-            error = errors.stopping()
+            raise errors.stopping() from None
         except ValueError as wrong:
-            error = errors.bad_field("max_tokens", str(wrong))
-        else:
-            return
-        self._cancel()
-        raise error
+            raise errors.bad_field("max_tokens", str(wrong)) from None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.active += 1
@@ -101,7 +99,7 @@ class Answer(Response):
         body = {
             **self._head,
             "choices": [choice.whole() for choice in self._job.choices],
-            "usage": usage(self._job.prompt_tokens, self._job.choices),
+            "usage": usage(self._job.prompt_tokens, self._job.cached_tokens, self._job.choices),
         }
         await JSONResponse(body)(scope, receive, send)
 
@@ -121,7 +119,7 @@ class Answer(Response):
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         last = b"data: [DONE]\n\n"
         if self._asked.usage_in_stream:
-            used = _json(usage(self._job.prompt_tokens, self._job.choices))
+            used = _json(usage(self._job.prompt_tokens, self._job.cached_tokens, self._job.choices))
             last = b'data: %b,"choices":[],"usage":%b}\n\n' % (head, used) + last
         await send({"type": "http.response.body", "body": last})
 

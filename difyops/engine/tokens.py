@@ -6,14 +6,17 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from difyops.engine import toolformats as tags
+from difyops.engine.search import Pattern
 from difyops.errors import PrerequisiteError, UsageError
 
+#: The parser of the answer reads them, also where they are special tokens (toolcalls.py).
+_READ = frozenset({tags.CALL_OPEN, tags.CALL_CLOSE, tags.THINK_OPEN, tags.THINK_CLOSE})
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 
 
@@ -36,7 +39,9 @@ class Tokenizer:
         #: One more than the greatest id.
         self.vocabulary = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._hidden = {
-            id for id, token in backend.get_added_tokens_decoder().items() if token.special
+            id
+            for id, token in backend.get_added_tokens_decoder().items()
+            if token.special and token.content not in _READ
         }
         self._decoder = _Decoder(backend)
 
@@ -58,36 +63,22 @@ class Tokenizer:
             raise PrerequisiteError(f"{path.parent}: {error.message}", error.hint) from error
 
     @property
-    def bos(self) -> str | None:
-        """The text of the token that begins a sequence, for the chat template."""
-        return self.special.get("bos_token")
-
-    @property
     def eos(self) -> str | None:
         """The text of the token that ends a sequence, for the chat template."""
         return self.special.get("eos_token")
 
-    def encode(self, text: str, special: bool = True, *, bos: bool = False) -> list[int]:
+    def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """The tokens of `text`.
 
-        With `special`, the text of a special token ("<|im_end|>") becomes that token: right for a
-        rendered chat template, and for /v1/completions, whose prompt is the client's own raw
-        sequence (llama.cpp and vLLM read it so, too). Without it, that text is text like any other.
-        `bos` adds the tokens that the tokenizer puts around a sequence: right for
-        /v1/completions; a chat template writes its own.
+        The text of a special token ("<|im_end|>") becomes that token: right for a rendered chat
+        template, and for /v1/completions, whose prompt is the client's own raw sequence (llama.cpp
+        and vLLM read it so, too). `bos` adds the tokens that the tokenizer puts around a sequence:
+        right for /v1/completions; a chat template writes its own.
         """
-        backend = self.backend if special else self._literal
-        return list(backend.encode(text, add_special_tokens=bos).ids)
-
-    @cached_property
-    def _literal(self) -> Backend:
-        # A second one, because the switch is a state of the whole tokenizer.
-        literal = Backend.from_str(self.backend.to_str())
-        literal.encode_special_tokens = True
-        return literal
+        return list(self.backend.encode(text, add_special_tokens=bos).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        """The text of `ids` as `shown_bytes` has it; bytes that are no UTF-8 become U+FFFD."""
         text = b"".join(map(self.shown_bytes, ids)).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._decoder.strips_first_space else text
 
@@ -97,7 +88,8 @@ class Tokenizer:
         return b"" if token is None else self._decoder.token(token)
 
     def shown_bytes(self, id: int) -> bytes:
-        """`token_bytes`, but none for a special token: what the token adds to a text."""
+        """`token_bytes`, but none for a special token other than the tags of reasoning and calls:
+        what the token adds to a text."""
         return b"" if id in self._hidden else self.token_bytes(id)
 
     def stream(self, stop: Sequence[str] = ()) -> TextStream:
@@ -108,10 +100,7 @@ class Tokenizer:
         return TextStream(self, stop, skip_space=self._decoder.strips_first_space)
 
     def _stop_ids(self, config: Mapping[str, Any]) -> frozenset[int]:
-        raw = config.get("eos_token_id")
-        ids = set(raw if isinstance(raw, list) else [] if raw is None else [raw])
-        if not all(isinstance(id, int) for id in ids):
-            raise PrerequisiteError(f"eos_token_id: {raw!r} is neither a number nor a list of them")
+        ids = set(end_ids(config.get("eos_token_id")))
         if self.eos is not None and (id := self.backend.token_to_id(self.eos)) is not None:
             ids.add(id)
         return frozenset(ids)
@@ -164,7 +153,8 @@ class TextStream:
             raise UsageError("stop: an empty string would stop before the first token")
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stops = [_Matcher(text) for text in stop]
+        self._stops = [Pattern(text) for text in stop]
+        self._matched = [0] * len(stop)
         self._skip_space = skip_space
         self._held = ""  # the longest end of the text so far that begins a stop string
         self.stopped = False
@@ -187,34 +177,23 @@ class TextStream:
             return text
         seen = self._held + text
         for end, char in enumerate(text, start=len(self._held) + 1):
-            if met := [stop.size for stop in self._stops if stop.completed_by(char)]:
+            pairs = zip(self._stops, self._matched, strict=True)
+            self._matched = [stop.advance(matched, char) for stop, matched in pairs]
+            pairs = zip(self._stops, self._matched, strict=True)
+            if met := [matched for stop, matched in pairs if matched == len(stop)]:
                 self.stopped, self._held = True, ""
                 return seen[: end - max(met)]
-        certain = len(seen) - max(stop.matched for stop in self._stops)
+        certain = len(seen) - max(self._matched)
         self._held = seen[certain:]
         return seen[:certain]
 
 
-class _Matcher:
-    """Knuth-Morris-Pratt: `matched` is how much of a stop string the text so far ends with."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self.size = len(text)
-        self.matched = 0
-        # _border[i]: the longest proper prefix of text[:i + 1] that it also ends with.
-        self._border = [0]
-        for char in text[1:]:
-            self._border.append(self._next(self._border[-1], char))
-
-    def completed_by(self, char: str) -> bool:
-        self.matched = self._next(self.matched, char)
-        return self.matched == self.size
-
-    def _next(self, matched: int, char: str) -> int:
-        while matched and self._text[matched] != char:
-            matched = self._border[matched - 1]
-        return matched + (self._text[matched] == char)
+def end_ids(raw: object) -> list[int]:
+    """What an `eos_token_id` names. Raises PrerequisiteError."""
+    given: list[Any] = raw if isinstance(raw, list) else [] if raw is None else [raw]
+    if not all(isinstance(id, int) and not isinstance(id, bool) for id in given):
+        raise PrerequisiteError(f"eos_token_id: {raw!r} is neither a number nor a list of them")
+    return given
 
 
 def _parts(decoder: dict[str, Any]) -> list[dict[str, Any]]:

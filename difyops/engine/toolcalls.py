@@ -7,13 +7,15 @@ begins like a call and is none is content.
 from __future__ import annotations
 
 import json
+import math
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from difyops.engine import toolformats as tags
+from difyops.engine.schemafacts import ANY, Types, value_types
 from difyops.engine.toolformats import Tool, ToolFormat
 
 # No '<' in a name: a match never reaches past the tag that ends the call.
@@ -23,6 +25,11 @@ _HERMES_HEAD = re.compile(
 _HERMES_TAIL = re.compile(r"\s*\}\s*\Z")
 _CODER_HEAD = re.compile(rf"\s*{tags.FUNCTION_OPEN}([^<>\n]+)>")
 _CODER_PARAMETER = re.compile(rf"\s*{tags.PARAMETER_OPEN}([^<>\n]+)>\n?")
+#: Heads are looked for in so many characters. Without a limit a text that nearly is one would be
+#: read again from its beginning with every piece.
+_HEAD = 1024
+#: Subschemas that are read for the parameters of all the tools of a request.
+_TYPES_BUDGET = 20_000
 _JSON_START = re.compile(r"\s*(?:null|true|false|-?[0-9]|[\[{])")
 
 
@@ -66,11 +73,16 @@ class ChatParser:
         make_id: Callable[[], str] = new_id,
     ) -> None:
         self._form = form
-        self._parameters = {tool.name: tool.parameters for tool in tools}
+        self._types = parameter_types(tools) if form == "qwen3_coder" else {}
         self._make_id = make_id
         self._buffer = ""
+        self._searched: dict[str, int] = {}  # tag -> how much of the buffer does not have it
+        self._newlines = 0  # that wait before the buffer, until it is known what follows
+        self._arguments: list[str] = []  # of the call that is open
         self._calls = 0
+        self._complete: set[int] = set()
         self._skip_newlines = False
+        self._blank = 0  # how much white space the buffer begins with
         self._scan = _JsonScan()
         self._ended = False
         self._step: Callable[[], Iterator[Delta | None]]
@@ -79,8 +91,15 @@ class ChatParser:
         self._step = start
 
     def push(self, text: str) -> list[Delta]:
-        self._buffer += text
+        # Python appends in place to a local variable only: this way no piece copies the buffer.
+        buffer, self._buffer = self._buffer, ""
+        buffer += text
+        self._buffer = buffer
         return self._run()
+
+    def complete(self, calls: int) -> bool:
+        """Whether the first `calls` calls all have arguments that are one JSON object."""
+        return self._complete >= set(range(calls))
 
     def flush(self) -> list[Delta]:
         self._ended = True
@@ -104,22 +123,40 @@ class ChatParser:
 
     def _take(self, count: int) -> str:
         taken, self._buffer = self._buffer[:count], self._buffer[count:]
+        self._searched.clear()
         return taken
+
+    def _find(self, tag: str, start: int = 0) -> int:
+        """The place of `tag` in the buffer from `start` on, or -1; looks at nothing twice."""
+        at = self._buffer.find(tag, max(start, self._searched.get(tag, 0) - len(tag) + 1))
+        if at < 0:
+            self._searched[tag] = len(self._buffer)
+        return at
+
+    def _match_head(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        # The end of a call is looked for where no head is; more text makes none of the first _HEAD.
+        if self._searched.get(tags.CALL_CLOSE, 0) >= _HEAD:
+            return None
+        return pattern.match(self._buffer, 0, _HEAD)
 
     def _until(self, tag: str, *, trim: bool) -> tuple[str, bool]:
         """The text before `tag`, as far as it is certain, and whether `tag` was there (and taken).
 
         `trim`: new lines at the end wait until it is known whether the tag follows, then go.
         """
-        if (at := self._buffer.find(tag)) >= 0:
-            text = self._take(at)
+        at = self._find(tag)
+        found, final = at >= 0, at < 0 and self._ended
+        keep = 0 if final else _overlap(self._buffer, tag)
+        text = self._take(at if found else len(self._buffer) - keep)
+        if found:
             self._take(len(tag))
-            return (text.rstrip("\n") if trim else text), True
-        keep = 0 if self._ended else _overlap(self._buffer, tag)
-        sure = len(self._buffer) - keep
-        if trim and not self._ended:
-            sure = len(self._buffer[:sure].rstrip("\n"))
-        return self._take(sure), False
+        if not trim:
+            return text, found
+        shown = text if final else text.rstrip("\n")
+        before = self._newlines
+        waiting = len(text) - len(shown) + (0 if shown else before)
+        self._newlines = 0 if found or final else waiting
+        return ("\n" * before + shown if shown or final else ""), found
 
     def _drop_newlines(self) -> bool:
         """Whether something other than a new line has come after a place that swallows them."""
@@ -131,9 +168,11 @@ class ChatParser:
     # Reasoning
 
     def _open_reasoning(self) -> Iterator[Delta | None]:
-        text = self._buffer.lstrip()
+        while self._buffer[self._blank : self._blank + 1].isspace():
+            self._blank += 1
+        text = self._buffer[self._blank :]
         if text.startswith(tags.THINK_OPEN):
-            self._buffer = text[len(tags.THINK_OPEN) :]
+            self._take(self._blank + len(tags.THINK_OPEN))
         elif tags.THINK_OPEN.startswith(text) and not self._ended:
             return
         elif self._must_open:
@@ -174,20 +213,31 @@ class ChatParser:
             yield None
 
     def _no_call(self) -> Iterator[Delta | None]:
-        """The text up to the closing tag is no call: content, as soon as that is certain."""
-        at = self._buffer.find(tags.CALL_CLOSE)
-        if at >= 0 or self._ended:
-            end = len(self._buffer) if at < 0 else at + len(tags.CALL_CLOSE)
+        """What was taken for a call is none: content up to the closing tag and with it."""
+        self._enter(self._passed)
+        yield Delta(content=tags.CALL_OPEN)
+        yield None
+
+    def _passed(self) -> Iterator[Delta | None]:
+        text, closed = self._until(tags.CALL_CLOSE, trim=False)
+        if text := text + tags.CALL_CLOSE * closed:
+            yield Delta(content=text)
+        if closed:
             self._enter(self._content)
-            yield Delta(content=tags.CALL_OPEN + self._take(end))
             yield None
 
     def _begin(self, name: str, arguments: str = "") -> Delta:
         self._calls += 1
+        self._arguments = [arguments]
         return Delta(call=Call(self._calls - 1, self._make_id(), name, arguments))
 
     def _more(self, arguments: str) -> Delta:
+        self._arguments.append(arguments)
         return Delta(call=Call(self._calls - 1, arguments=arguments))
+
+    def _end_arguments(self) -> None:
+        if _json_object("".join(self._arguments)) is not None:
+            self._complete.add(self._calls - 1)
 
     def _after_call(self) -> None:
         self._skip_newlines = True
@@ -196,15 +246,20 @@ class ChatParser:
     # Hermes
 
     def _hermes(self) -> Iterator[Delta | None]:
-        if head := _HERMES_HEAD.match(self._buffer):
+        if head := self._match_head(_HERMES_HEAD):
             self._take(head.end())
             self._scan = _JsonScan()
             self._enter(self._hermes_arguments)
             yield self._begin(json.loads(f'"{head[1]}"', strict=False))
             yield None
             return
-        if (at := self._buffer.find(tags.CALL_CLOSE)) < 0:
+        begun = self._buffer[:_HEAD].lstrip()[:1]
+        if begun != "{" and (begun or len(self._buffer) >= _HEAD):
             yield from self._no_call()
+            return
+        if (at := self._find(tags.CALL_CLOSE)) < 0:
+            if self._ended:
+                yield from self._no_call()
             return
         if (call := _whole_call(self._buffer[:at])) is None:
             yield from self._no_call()
@@ -212,6 +267,7 @@ class ChatParser:
         self._take(at + len(tags.CALL_CLOSE))
         self._after_call()
         yield self._begin(*call)
+        self._end_arguments()
         yield None
 
     def _hermes_arguments(self) -> Iterator[Delta | None]:
@@ -219,11 +275,12 @@ class ChatParser:
         if text := self._take(len(self._buffer) if end is None else end):
             yield self._more(text)
         if end is not None:
+            self._end_arguments()
             self._enter(self._hermes_tail)
             yield None
 
     def _hermes_tail(self) -> Iterator[Delta | None]:
-        at = self._buffer.find(tags.CALL_CLOSE)
+        at = self._find(tags.CALL_CLOSE)
         if at < 0 and not self._ended:
             return
         stray = self._take(len(self._buffer) if at < 0 else at)
@@ -236,30 +293,31 @@ class ChatParser:
     # Qwen3-Coder
 
     def _coder(self) -> Iterator[Delta | None]:
-        if head := _CODER_HEAD.match(self._buffer):
+        if head := self._match_head(_CODER_HEAD):
             self._take(head.end())
             self._name = head[1]
             self._given = 0
             self._enter(self._coder_parameters)
             yield self._begin(self._name, "{")
             yield None
-            return
-        yield from self._no_call()
+        elif self._ended or not _may_be_head(self._buffer):
+            yield from self._no_call()
 
     def _coder_parameters(self) -> Iterator[Delta | None]:
-        if head := _CODER_PARAMETER.match(self._buffer):
-            at = self._buffer.find(tags.PARAMETER_CLOSE, head.end() - 1)
+        if head := self._match_head(_CODER_PARAMETER):
+            at = self._find(tags.PARAMETER_CLOSE, head.end())
             if at >= 0:
-                value = self._buffer[head.end() : max(at, head.end())]
+                value = self._buffer[head.end() : at]
                 self._take(at + len(tags.PARAMETER_CLOSE))
                 yield self._more(self._argument(head[1], value.removesuffix("\n")))
                 yield None
                 return
-        elif (at := self._buffer.find(tags.CALL_CLOSE)) >= 0:
+        elif (at := self._find(tags.CALL_CLOSE)) >= 0:
             stray = self._take(at)
             self._take(len(tags.CALL_CLOSE))
             self._after_call()
             yield self._more("}")
+            self._end_arguments()
             if stray := stray.replace(tags.FUNCTION_CLOSE, "", 1).strip():
                 yield Delta(content=stray)
             yield None
@@ -273,15 +331,27 @@ class ChatParser:
         if tags.FUNCTION_CLOSE in rest:
             rest = rest.replace(tags.FUNCTION_CLOSE, "", 1)
             yield self._more("}")
+            self._end_arguments()
         if rest.strip():
             yield Delta(content=rest)
 
     def _argument(self, key: str, text: str) -> str:
-        properties = self._parameters.get(self._name, {}).get("properties", {})
-        value = convert(text, properties.get(key, {}), self._parameters.get(self._name, {}))
+        value = convert(text, self._types.get(self._name, {}).get(key, ANY))
         self._given += 1
         pair = f"{json.dumps(key, ensure_ascii=False)}: {json.dumps(value, ensure_ascii=False)}"
         return pair if self._given == 1 else f", {pair}"
+
+
+def _may_be_head(text: str) -> bool:
+    """Whether what follows may still make a qwen3_coder head of `text`, which is none yet."""
+    if len(text) >= _HEAD:
+        return False
+    begun = text.lstrip()
+    if len(begun) <= len(tags.FUNCTION_OPEN):
+        return tags.FUNCTION_OPEN.startswith(begun)
+    return begun.startswith(tags.FUNCTION_OPEN) and not any(
+        c in "<>\n" for c in begun[len(tags.FUNCTION_OPEN) :]
+    )
 
 
 def _overlap(text: str, tag: str) -> int:
@@ -290,13 +360,19 @@ def _overlap(text: str, tag: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(tag[:n])), 0)
 
 
-def _whole_call(text: str) -> tuple[str, str] | None:
-    """Name and arguments of a call that is written in another order, or has no arguments."""
+def _json_object(text: str) -> dict[str, Any] | None:
+    """JSON as its standard has it: without Python's NaN and infinities."""
     try:
-        call = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+    return value if isinstance(value, dict) else None
+
+
+def _whole_call(text: str) -> tuple[str, str] | None:
+    """Name and arguments of a call that is written in another order, or has no arguments."""
+    call = _json_object(text)
+    if call is None or not isinstance(call.get("name"), str):
         return None
     arguments = call.get("arguments", {})
     if not isinstance(arguments, dict) or set(call) - {"name", "arguments"}:
@@ -329,9 +405,20 @@ class _JsonScan:
         return None
 
 
-def convert(text: str, schema: Any, root: Mapping[str, Any]) -> Any:
-    """A parameter's text as a value of its schema's types; what is no such value stays text."""
-    types = _types(schema, root, 0)
+def parameter_types(tools: Sequence[Tool]) -> dict[str, dict[str, frozenset[str]]]:
+    """Tool -> parameter -> the types that its schema allows; the schemas may be anything."""
+    found, budget = {}, _TYPES_BUDGET
+    for tool in tools:
+        reader = Types(tool.parameters, budget)
+        properties = tool.parameters.get("properties")
+        given = properties if isinstance(properties, Mapping) else {}
+        found[tool.name] = {name: reader.of(schema) for name, schema in given.items()}
+        budget = reader.budget
+    return found
+
+
+def convert(text: str, types: Set[str]) -> Any:
+    """A parameter's text as a value of one of `types`; what is no such value stays text."""
     if types == {"string"}:
         return text
     if types == {"boolean"} and text.strip().lower() in ("true", "false"):
@@ -339,43 +426,16 @@ def convert(text: str, schema: Any, root: Mapping[str, Any]) -> Any:
     if "string" in types and not _JSON_START.match(text):
         return text
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
     except (ValueError, RecursionError):
         return text
-    return value if _type_of(value) & types else text
+    return value if value_types(value) & types else text
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_number(text)
 
 
-_ALL = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
-
-
-def _type_of(value: Any) -> set[str]:
-    if isinstance(value, bool) or value is None:
-        return {"boolean" if isinstance(value, bool) else "null"}
-    if isinstance(value, int | float):
-        return {"number", "integer"} if value == value // 1 else {"number"}
-    return {
-        "string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"
-    }
-
-
-def _types(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:
-    if not isinstance(schema, Mapping) or depth > 8:
-        return set(_ALL)
-    types = schema.get("type")
-    found = set(_ALL) if types is None else {types} if isinstance(types, str) else set(types)
-    for options in (schema.get("anyOf"), schema.get("oneOf")):
-        if options:
-            found &= set().union(*(_types(option, root, depth + 1) for option in options))
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if values:
-        found &= set().union(*map(_type_of, values))
-    if isinstance(ref := schema.get("$ref"), str) and ref.startswith("#/"):
-        target: Any = root
-        for part in ref[2:].split("/"):
-            target = target.get(part, {}) if isinstance(target, Mapping) else {}
-        found &= _types(target, root, depth + 1)
-    return found
+def _refuse_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} cannot be written as JSON")

@@ -17,10 +17,14 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 @dataclass(frozen=True)
 class Tool:
-    """A function a model may call; `parameters` is a JSON schema of an object."""
+    """A function a model may call; `parameters` is a JSON schema of an object.
+
+    Where calls are constrained, a `strict` one's arguments keep to the schema, others are any.
+    """
 
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = True
 
 
 def detect_format(chat_template: str | None) -> ToolFormat | None:

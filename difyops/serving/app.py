@@ -62,7 +62,8 @@ class Models:
         """Entries of `/v1/models`; lengths in tokens, as the engines report them."""
         entries = []
         if self.config.llm is not None and self.llama is not None:
-            entries.append(model_entry(self.config.llm.id, self.llama.context, self.created))
+            entry = model_entry(self.config.llm.id, self.llama.context, self.created)
+            entries.append(entry | {"tools": self.config.llm.tools})
         if self.config.embedding is not None and self.embedder is not None:
             entries.append(embedder_entry(self.config.embedding.id, self.embedder, self.created))
         return entries
@@ -108,7 +109,7 @@ async def show_model(request: Request) -> Response:
 async def chat(request: Request) -> Response:
     body = await read_body(request)
     models = _loaded(request)
-    fields = json_object(body)
+    fields = await asyncio.to_thread(json_object, body)
     name = model_name(fields)
     llm, llama = models.config.llm, models.llama
     if llm is None or llama is None or name != llm.id:
@@ -121,7 +122,7 @@ async def chat(request: Request) -> Response:
 async def embed(request: Request) -> Response:
     body = await read_body(request)
     models = _loaded(request)
-    fields = json_object(body)
+    fields = await asyncio.to_thread(json_object, body)
     name = model_name(fields)
     embedder = models.embedder
     if models.config.embedding is None or embedder is None or name != models.config.embedding.id:

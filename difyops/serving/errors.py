@@ -64,11 +64,17 @@ def wrong_model(name: str, known: Iterable[str], task: str, other: str) -> ApiEr
     )
 
 
-def too_long(tokens: int, context: int, model: str, param: str = "messages") -> ApiError:
-    """`tokens` is the prompt's length, `context` what one request may hold, in tokens."""
+def too_long(
+    tokens: int, context: int, model: str, param: str = "messages", *, size: int | None = None
+) -> ApiError:
+    """`tokens` is the prompt's length, `context` what one request may hold, in tokens. With
+    `size`, the prompt's bytes, `tokens` is only the least that these can be."""
+    has = (
+        f"{tokens} tokens" if size is None else f"{size} bytes, which are at least {tokens} tokens"
+    )
     return ApiError(
         400,
-        f"the prompt has {tokens} tokens, but the context of {model} is {context} tokens",
+        f"the prompt has {has}, but the context of {model} is {context} tokens",
         code="context_length_exceeded",
         param=param,
         extra={"n_prompt_tokens": tokens, "n_ctx": context},
@@ -94,6 +100,35 @@ def unauthorized() -> ApiError:
 
 def too_large(limit: int) -> ApiError:
     return ApiError(413, f"the request body is larger than {limit} bytes", code="request_too_large")
+
+
+def too_many_values(what: str, limit: int) -> ApiError:
+    """`what` the body has more of than `limit`, as JSON."""
+    return ApiError(
+        413,
+        f"the request body has more than {limit} {what}, which no prompt needs",
+        code="request_too_large",
+    )
+
+
+def too_slow(seconds: float) -> ApiError:
+    """The rest of the body may still come: the connection is of no use any more."""
+    return ApiError(
+        408,
+        f"the request body did not arrive within {seconds:g} s; send it whole, or a smaller one",
+        code="request_timeout",
+        headers={"Connection": "close"},
+    )
+
+
+def not_json(kind: str) -> ApiError:
+    """`kind` is the media type that the client named, if any."""
+    return ApiError(
+        415,
+        f"Content-Type: {kind or '(none)'} is not read; send the header"
+        " Content-Type: application/json",
+        code="unsupported_media_type",
+    )
 
 
 def client_left() -> ApiError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import re
 import secrets
 import sys
@@ -16,6 +15,7 @@ import httpx
 from difyops.errors import DifyopsError, PrerequisiteError
 from difyops.serving.config import LlmConfig
 from difyops.serving.llama_child import Orders
+from difyops.serving.process import default_threads
 
 #: "0.00.027.408 E llama_model_load: " and a second prefix of the same kind.
 _LOG_PREFIX = re.compile(r"^[\d.]+ [A-Z] +(?:\w+ +)?\S+: +(?:error loading model: +)?")
@@ -150,13 +150,3 @@ class Llama:
         else:
             reason = lines[-1]
         return f"cannot load {self.config.id} from {self.config.path}: {reason}"
-
-
-def default_threads() -> int:
-    """The CPUs this process may run on, less one.
-
-    ggml's threads wait for each other in a spin. When anything else (Dify itself) takes one of
-    their CPUs, they all stand still for its time slice: on two busy CPUs, two threads made 3 tokens
-    a second where one made 40.
-    """
-    return max(1, len(os.sched_getaffinity(0)) - 1)

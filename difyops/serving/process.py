@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import importlib.util
 import logging
+import os
 import signal
 import socket
 import sys
@@ -34,6 +36,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 log_config=None,
+                lifespan="off",  # we have none; a second Ctrl-C would leave its traceback
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=CANCEL,
@@ -66,6 +69,16 @@ def log_error(log: logging.Logger, error: DifyopsError) -> None:
     log.error("%s%s", error.message, f" ({error.hint})" if error.hint else "")
 
 
+def default_threads() -> int:
+    """The CPUs this process may run on, less one.
+
+    The threads of ggml and of torch wait for each other in a spin. When anything else (Dify itself)
+    takes one of their CPUs, they all stand still for its time slice: on two busy CPUs, two threads
+    of ggml made 3 tokens a second where one made 40, and those of torch a fifth of what one made.
+    """
+    return max(1, len(os.sched_getaffinity(0)) - 1)
+
+
 def require(packages: Iterable[str], extra: str) -> None:
     """Raises PrerequisiteError naming the packages that are missing, and difyops' extra."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
@@ -81,6 +94,9 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        taken = error.errno == errno.EADDRINUSE
         raise PrerequisiteError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}"
+            f"cannot listen on {host}:{port}: {why}",
+            f"--port 0 takes any that is free; or stop what listens on {port}" if taken else None,
         ) from error

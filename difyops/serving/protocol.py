@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 MAX_INPUTS = 2048
 
-_Tokens = Annotated[list[StrictInt], Field(min_length=1)]
+# fail_fast: pydantic would otherwise write an error for each of a million ids.
+_Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
+_Ids = Annotated[list[StrictInt], Field(fail_fast=True)]
+_Tokens = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
 
 
 class EmbeddingRequest(BaseModel):
@@ -24,7 +27,7 @@ class EmbeddingRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: StrictStr
-    input: StrictStr | list[StrictStr] | list[StrictInt] | list[_Tokens]
+    input: StrictStr | _Texts | _Ids | Annotated[list[_Tokens], Field(fail_fast=True)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: StrictInt | None = None
     #: OpenAI's tag of an end user; it changes no answer.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from difyops import catalog, modelsource
+from difyops import modelsource
 from difyops.engine.load import Loaded, load
 from difyops.engine.tokens import Tokenizer
 
@@ -19,16 +19,8 @@ torch.set_num_threads(1)
 def smol(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as GGUF, fetched as difyops itself does."""
     cache = os.environ.get("DIFYOPS_TEST_CACHE")
-    wanted = catalog.get_llm("smollm2-135m").weights
-    return modelsource.fetch(
-        wanted.source,
-        wanted.member,
-        name="smollm2-135m",
-        file=wanted.file,
-        sha256=wanted.sha256,
-        size=wanted.bytes,
-        directory=Path(cache) if cache else tmp_path_factory.mktemp("models"),
-    )
+    folder = Path(cache) if cache else tmp_path_factory.mktemp("models")
+    return modelsource.fetch_model("smollm2-135m", folder)["weights"]
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,11 @@ _TEXT = (
 STOPS = ("<|end|>", "<|im_end|>")
 
 
-def tokenizer(*, special_tags: bool = False) -> Tokenizer:
-    """Byte-level BPE with every byte, so that any text can be written."""
+def tokenizer(*, special_tags: bool | None = False) -> Tokenizer:
+    """Byte-level BPE with every byte, so that any text can be written.
+
+    `special_tags`: whether the tags of calls are special tokens; None: they are no tokens at all.
+    """
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -30,7 +33,7 @@ def tokenizer(*, special_tags: bool = False) -> Tokenizer:
     tags = ("<tool_call>", "</tool_call>")
     if special_tags:
         made.add_special_tokens([AddedToken(tag, special=True) for tag in tags])
-    else:
+    elif special_tags is not None:
         made.add_tokens([AddedToken(tag, special=False) for tag in tags])
     return made
 
@@ -56,18 +59,27 @@ class RandomModel:
         self._tokenizer = tokenizer
         self._end: list[set[int]] = []
         self._written = 0
-        self._closing = [{tokenizer.token_to_id(c)} for c in '"}]@']
+        self._closing: list[set[int]] = []
 
     def write(
-        self, constraint: Constraint, *, patience: int = 40, limit: int = 2000, end: str = ""
+        self,
+        constraint: Constraint,
+        *,
+        patience: int = 40,
+        limit: int = 2000,
+        end: str = "",
+        closing: str = '"}]@',
     ) -> str | None:
-        """The text up to the stop id; None if the limit came first. `end` is written when tired."""
+        """The text up to the stop id, or to where all is allowed; None if the limit came first.
+        `end` is written when tired."""
         tokens: list[int] = []
+        self._closing = [{self._tokenizer.token_to_id(c)} for c in closing]
         self._end = [{self._tokenizer.token_to_id("Ċ" if c == "\n" else c)} for c in end]
         self._written = 0
         for step in range(limit):
             mask = constraint.mask()
-            assert mask is not None
+            if mask is None:
+                return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
             token = self._choose(allowed(mask, self._size).tolist(), step > patience)
             constraint.advance(token)
             if token in self._stops:

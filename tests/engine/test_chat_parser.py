@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difyops.engine.toolcalls import ChatParser, convert
+from difyops.engine.schemafacts import ANY
+from difyops.engine.toolcalls import ChatParser, convert, parameter_types
 from difyops.engine.toolformats import Tool, ToolFormat, detect_format, detect_reasoning
 
 WEATHER = Tool(
@@ -26,8 +28,14 @@ WEATHER = Tool(
             "tags": {"type": "array", "items": {"type": "string"}},
             "where": {"$ref": "#/$defs/place"},
             "note": {"type": ["string", "null"]},
+            "ratio": {"type": "number", "allOf": [{}], "$ref": "#/$defs/whole"},
+            "odd/~name": {"$ref": "#/$defs/a~1b~0c%25"},
         },
-        "$defs": {"place": {"type": "object"}},
+        "$defs": {
+            "place": {"type": "object"},
+            "whole": {"type": "integer"},
+            "a/b~c%": {"type": "integer"},
+        },
     },
 )
 
@@ -172,6 +180,12 @@ def test_coder_converts_by_the_schema() -> None:
         ("scale", "1e3", 1000.0),
         ("scale", "NaN", "NaN"),
         ("scale", "null", None),
+        ("scale", "1e999", "1e999"),
+        ("unheard of", "[-1e999]", "[-1e999]"),
+        ("ratio", "7", 7),
+        ("ratio", "7.5", "7.5"),
+        ("odd/~name", "7", 7),
+        ("odd/~name", "x", "x"),
         ("exact", "True", True),
         ("exact", "1", "1"),
         ("where", '{"a": 1}', {"a": 1}),
@@ -183,9 +197,123 @@ def test_coder_converts_by_the_schema() -> None:
     ],
 )
 def test_a_parameters_text_has_its_schemas_type(name: str, text: str, value: Any) -> None:
-    schema = WEATHER.parameters["properties"].get(name, {})
-    got = convert(text, schema, WEATHER.parameters)
+    got = convert(text, parameter_types([WEATHER])["get_weather"].get(name, ANY))
     assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        5, {"type": [{}]}, {"type": 5}, {"type": []}, {"type": "text"}, {"enum": 5}, {"anyOf": 7},
+        {"oneOf": {}}, {"$ref": 3}, {"$ref": "#nowhere"}, {"$ref": "#/properties/9"},
+        {"anyOf": [[], None]}, {"$ref": "#/$defs/list/" + "9" * 5000},
+    ],
+)  # fmt: skip
+def test_a_schema_of_any_shape_is_no_reason_to_fail(schema: Any) -> None:
+    """Tools that are not strict bring what they like."""
+    for parameters in ({"properties": {"a": schema}, "$defs": {"list": [1]}}, {"properties": 3}):
+        parser = ChatParser("qwen3_coder", [Tool("f", parameters, strict=False)])
+        call = "<tool_call><function=f><parameter=a>\n[1]\n</parameter></function></tool_call>"
+        deltas = parser.push(call) + parser.flush()
+        assert "".join(d.call.arguments for d in deltas if d.call is not None) == '{"a": [1]}'
+        assert parser.complete(1)
+
+
+@pytest.mark.timeout(10)
+def test_types_are_read_in_bounded_time() -> None:
+    """References that branch at every level: read by brute force, each of these takes hours."""
+    loop = {"A": {"anyOf": [{"$ref": "#/$defs/A"}] * 400}}
+    split = {
+        f"A{i}": {"anyOf": [{"$ref": f"#/$defs/A{i + 1}"}] * 2, "oneOf": [{"$ref": "#"}] * 2}
+        for i in range(200)
+    }
+    wide = {"A": {"anyOf": [{"anyOf": [{"type": "null"}] * 300}] * 300}}
+    for defs in (loop, split, wide):
+        one = {"$ref": f"#/$defs/{min(defs)}"}
+        parameters = {"properties": {f"p{i}": one for i in range(50)}, "$defs": defs}
+        types = parameter_types([Tool("f", parameters)] * 8)["f"]
+        assert set(types) == set(parameters["properties"])
+        assert types["p49"] == ANY
+    few = {"anyOf": [{"$ref": "#/$defs/A"}, {"type": "null"}]}
+    defs = {"A": {"anyOf": [{"const": 3}, {"enum": ["a"]}]}}
+    types = parameter_types([Tool("f", {"properties": {"a": few}, "$defs": defs})])["f"]
+    assert types["a"] == {"integer", "number", "string", "null"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>" + "x" * 150_000,
+        '<tool_call>{"a": "' + "x" * 150_000,
+        '<tool_call>{"name": "' + "x" * 150_000,
+        '<tool_call>{"name": "f", "arguments": {}' + " " * 150_000,
+        "<tool_call>" + " " * 150_000,
+        "<tool_call><function=" + "x" * 150_000,
+        "<tool_call><function=f>" + " " * 150_000,
+        "<tool_call><function=f><parameter=" + "x" * 150_000,
+        "<tool_call><function=f><parameter=a>" + "x" * 150_000,
+        "a" + "\n" * 150_000,
+        " " * 150_000,
+    ],
+)
+@pytest.mark.parametrize("form", ["hermes", "qwen3_coder"])
+def test_what_never_closes_takes_linear_time(text: str, form: ToolFormat) -> None:
+    began = time.process_time()
+    parser = ChatParser(form, reasoning=True)
+    deltas = [d for i in range(0, len(text), 4) for d in parser.push(text[i : i + 4])]
+    deltas += parser.flush()
+    assert time.process_time() - began < 2.5
+    joined = "".join(d.content if d.call is None else d.call.arguments for d in deltas)
+    assert len(joined) >= 149_990 or "arguments" in text or "function=f" in text
+
+
+def test_text_that_is_no_call_does_not_wait_for_the_end() -> None:
+    for form in ("hermes", "qwen3_coder"):
+        parser = ChatParser(form)  # type: ignore[arg-type]
+        assert [d.content for d in parser.push("<tool_call> is")] == ["<tool_call>", " is"]
+        assert [d.content for d in parser.push(" a tag </tool")] == [" a tag "]
+    parser = ChatParser("qwen3_coder")
+    assert parser.push("<tool_call>\n<function=a") == []
+    assert [d.content for d in parser.push("\n")] == ["<tool_call>", "\n<function=a\n"]
+
+
+@pytest.mark.parametrize("spaces", [1000, 1023, 1024, 1025, 3000])
+@pytest.mark.parametrize("form", ["hermes", "qwen3_coder"])
+def test_where_a_head_gets_too_long_does_not_depend_on_the_cuts(
+    spaces: int, form: ToolFormat
+) -> None:
+    call = HERMES if form == "hermes" else CODER
+    for text in (
+        call.replace("<tool_call>", "<tool_call>" + " " * spaces),
+        call.replace("get_weather", "g" * spaces),
+        call.replace("<parameter=days>", " " * spaces + "<parameter=days>"),
+        call.replace("<parameter=days>", "<parameter=" + "d" * spaces + ">"),
+    ):
+        assert read(list(text), form) == read([text], form)
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "complete"),
+    [
+        ("hermes", HERMES, True),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1}', True),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1', False),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {a: NaN, }}</tool_call>', False),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1e999}}</tool_call>', False),
+        ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', True),
+        ("hermes", f'{HERMES}<tool_call>{{"name": "f", "arguments": {{', False),
+        ("qwen3_coder", CODER, True),
+        ("qwen3_coder", CODER.replace("</tool_call>", ""), True),
+        ("qwen3_coder", "<tool_call><function=f>", False),
+        ("qwen3_coder", f"{CODER}<tool_call><function=f>", False),
+    ],
+)
+def test_a_call_is_complete_with_its_arguments(form: ToolFormat, text: str, complete: bool) -> None:
+    parser = ChatParser(form, [WEATHER])
+    deltas = parser.push(text) + parser.flush()
+    calls = 1 + max(delta.call.index for delta in deltas if delta.call is not None)
+    assert parser.complete(calls) == complete
+    assert parser.complete(calls - 1)
 
 
 _PIECES = [

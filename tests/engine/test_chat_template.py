@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from difyops.engine.chat import CHATML, ChatTemplate
+from difyops.engine.chat import ChatTemplate
 from difyops.engine.toolformats import detect_format, detect_reasoning, starts_inside
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 # A ChatML template that speaks up when there is no system message, as small chat models have it.
 GREETING = (

@@ -92,9 +92,6 @@ def test_smollm2_tokenizes_as_under_llama_cpp(oracle: LlamaCpp, smol_tokenizer: 
     assert len(set(texts)) >= 200
     for text in texts:
         assert smol_tokenizer.encode(text) == oracle.tokenize(text), repr(text)
-    for text in texts[:40]:
-        plain = smol_tokenizer.encode(text, special=False)
-        assert plain == oracle.tokenize(text, special=False), repr(text)
 
 
 PROMPTS = (

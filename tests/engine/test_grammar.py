@@ -12,7 +12,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from difyops.engine.grammar import Grammars
+from difyops.engine.grammar import GrammarFailed, Grammars
 from difyops.engine.schema import UnsupportedSchema
 from difyops.engine.toolcalls import ChatParser
 from difyops.engine.toolformats import Tool, ToolFormat
@@ -141,6 +141,24 @@ def test_regex_and_choice() -> None:
         GRAMMARS.regex("a" * 100_000)
 
 
+def test_a_regex_is_refused_before_it_fails() -> None:
+    text = write(GRAMMARS.regex("a?" * 500), patience=600)
+    assert text is not None and set(text) <= {"a"}
+    with pytest.raises(ValueError, match="cannot be used: its patterns or lengths") as caught:
+        GRAMMARS.regex("a?" * 3000)
+    assert len(str(caught.value)) < 100
+
+
+def test_a_limit_that_is_met_later_says_so_plainly() -> None:
+    """The grammar is small until its third token."""
+    constraint = GRAMMARS.regex("xyz(" + "a?" * 3000 + ")")
+    with pytest.raises(GrammarFailed, match="cannot be followed further: its patterns") as caught:
+        for token in ids_of("xyzaaa"):
+            constraint.mask()
+            constraint.advance(token)
+    assert "lexer" not in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_json_object() -> None:
     for seed in range(5):
         assert isinstance(json.loads(write(GRAMMARS.json_object(), seed) or ""), dict)
@@ -153,7 +171,7 @@ def test_nothing_is_constrained_until_the_reasoning_closes() -> None:
     constraint = GRAMMARS.choice(["abc", "true"], after="</think>")
     for token in ids_of('I think </thi <"} </thinking> {'):
         constraint.advance(token)
-        assert not constraint.finished
+        assert not constraint.finished and ids(constraint) == set(range(KNOWN)) - STOP_IDS
     for token in ids_of("</think"):
         constraint.advance(token)
     (closing,) = ids_of(">")
@@ -196,7 +214,7 @@ def test_a_token_that_closes_and_goes_on() -> None:
         for token in ids_of("hm </think"):
             constraint.advance(token)
         forbidden = set(range(KNOWN)) - ids(constraint)
-        assert forbidden == {TOKENIZER.token_to_id(">az")} | (set() if fits else {more})
+        assert forbidden == STOP_IDS | {TOKENIZER.token_to_id(">az")} | (set() if fits else {more})
         assert taken(constraint, [newlines]) and taken(constraint, [more]) == fits
         constraint.advance(more if fits else newlines)
         assert not constraint.finished and not ids(constraint) & STOP_IDS
@@ -224,12 +242,27 @@ def test_a_model_may_know_fewer_tokens_than_its_tokenizer() -> None:
     assert len(allowed(mask, KNOWN - 3)) > 200
 
 
-def test_a_stop_inside_the_reasoning_ends_the_output() -> None:
-    constraint = GRAMMARS.choice(["abc"], after="</think>")
-    constraint.advance(min(STOP_IDS))
-    assert constraint.finished and ids(constraint) == STOP_IDS
-    constraint.rollback(1)
-    assert not constraint.finished and constraint.mask() is None
+def test_what_was_asked_for_comes_after_the_reasoning() -> None:
+    """A model that would rather stop has to close its reasoning; max_tokens bounds that."""
+    made = [
+        GRAMMARS.choice(["abc"], after="</think>"),
+        GRAMMARS.json_object(after="</think>"),
+        GRAMMARS.tools(TOOLS, "hermes", after="</think>"),
+    ]
+    for constraint in made:
+        for token in ids_of("hm </thin"):
+            assert not ids(constraint) & STOP_IDS
+            for stop in STOP_IDS:
+                assert not taken(constraint, [stop])
+            constraint.advance(token)
+        constraint.mask()[:] = 0  # whoever asks gets an array of his own
+        assert len(ids(constraint)) == KNOWN - len(STOP_IDS)
+    free = GRAMMARS.optional_tools(TOOLS, "hermes", after="</think>")
+    assert free.mask() is None and taken(free, [min(STOP_IDS)])
+    free.advance(min(STOP_IDS))
+    assert free.finished and ids(free) == STOP_IDS
+    free.rollback(1)
+    assert not free.finished and free.mask() is None
 
 
 # Tools

@@ -36,6 +36,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+SMALL = {
+    "vocab_size": 10,
+    "hidden_size": 16,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 def make(folder: Path, **change: Any) -> LlamaForCausalLM:
     """A random Llama, saved in several shards."""
     torch.manual_seed(0)
@@ -163,19 +173,17 @@ def test_the_config_of_older_releases_means_the_same(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_cannot_be_honoured_names_the_key(change: dict[str, Any], named: str) -> None:
-    config = {
-        "model_type": "llama",
-        "vocab_size": 10,
-        "hidden_size": 16,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
+    config = {"model_type": "llama"} | SMALL
     with torch.device("meta"):
         family(config).build(config)
         with pytest.raises(UsageError, match=f"config.json: .*{named}"):
             family(config).build(config | change)
+
+
+def test_a_refused_config_shows_the_value_and_what_to_do() -> None:
+    with pytest.raises(UsageError, match="sliding_window: 4096: ") as caught:
+        family({"model_type": "llama"}).build({"sliding_window": 4096} | SMALL)
+    assert "another checkpoint" in (caught.value.hint or "")
 
 
 def test_an_unknown_family_names_the_known_ones() -> None:

@@ -151,11 +151,11 @@ def test_a_cancelled_request_frees_its_slot_at_once(engine: Engine) -> None:
 
 def test_the_queue_is_bounded(model: Decoder) -> None:
     engine = Engine(model, slots=1, context=64, max_waiting=2)
-    heard = [Heard(engine, request([1])) for _ in range(2)]
+    heard = [Heard(engine, request([1])) for _ in range(3)]
     with pytest.raises(QueueFull):
         engine.submit(request([1]), lambda output: None)
     engine.start()
-    assert [len(one.tokens()) for one in heard] == [8, 8]
+    assert [len(one.tokens()) for one in heard] == [8, 8, 8]
     engine.stop()
 
 
@@ -201,6 +201,50 @@ def test_scores_that_are_no_numbers_end_the_request() -> None:
     assert end.finish is FinishReason.ERROR
     assert "not numbers" in str(end.error)
     engine.stop()
+
+
+class Doomed(Words):
+    """A stand-in for a library that panics: PyO3's PanicException is no Exception."""
+
+    def push(self, token: int) -> str:
+        raise KeyboardInterrupt("planted")
+
+
+def test_a_panic_ends_the_engine_and_says_so(model: Decoder) -> None:
+    engine = Engine(model, slots=2, context=64)
+    engine.start()
+    doomed = Heard(engine, Request([1], SamplingParams(max_tokens=9), Doomed()))
+    assert doomed.all()[-1].finish is FinishReason.ERROR
+    engine._thread.join(10)
+    assert "planted" in str(engine.failure)
+    with pytest.raises(EngineStopped, match="planted"):
+        engine.submit(request([1]), lambda output: None)
+
+
+def test_a_grammar_that_fails_ends_its_request_and_no_other(engine: Engine, model: Decoder) -> None:
+    class Broken:
+        finished = False
+
+        def mask(self) -> Any:
+            raise RuntimeError("planted")
+
+        def advance(self, token: int) -> None: ...
+
+        def rollback(self, tokens: int) -> None: ...
+
+    bystander = Heard(engine, request([3, 1], 20))
+    broken = request([3, 1])
+    broken.constraint = Broken()
+    end = Heard(engine, broken).all()[-1]
+    assert end.finish is FinishReason.ERROR and "planted" in str(end.error)
+    assert bystander.tokens() == greedy(model, [3, 1], 20)
+
+
+def test_prompt_tokens_are_all_counted(engine: Engine) -> None:
+    lengths = (1, 8, 9, 17)  # a chunk is 8: of some, one token is left for a step
+    for length in lengths:
+        Heard(engine, request([2] * length)).all()
+    assert engine.stats().counters.prompt_tokens == sum(lengths)
 
 
 def test_a_lost_page_is_noticed_when_idle(model: Decoder) -> None:

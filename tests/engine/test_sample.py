@@ -43,7 +43,7 @@ class Only:
 
 def one(logits: torch.Tensor, wanted: Request) -> int:
     (choice,) = choose(logits[None], [wanted])
-    assert choice is not None
+    assert not isinstance(choice, Exception)
     return choice.token
 
 
@@ -78,7 +78,7 @@ def test_a_seed_repeats_whatever_runs_beside_it() -> None:
     others = [request([1, 2, 3], seed=i) for i in range(3)]
     alone = one(rows[0], request([1, 2], seed=7))
     beside = choose(rows, [request([1, 2], seed=7), *others])[0]
-    assert beside is not None
+    assert not isinstance(beside, Exception)
     assert beside.token == alone
     later = [one(rows[0], request([1] * n, seed=7)) for n in range(1, 40)]
     assert len(set(later)) > 1
@@ -128,7 +128,7 @@ def test_logprobs_are_the_models_own() -> None:
     (choice,) = choose(
         LOGITS[None], [request([1], temperature=0, logprobs=2, logit_bias={6: 100.0})]
     )
-    assert choice is not None
+    assert not isinstance(choice, Exception)
     assert choice.token == 6
     assert choice.logprob == pytest.approx(float(wanted[6]))
     assert [t for t, _ in choice.top] == [5, 0]
@@ -138,5 +138,18 @@ def test_logprobs_are_the_models_own() -> None:
 def test_scores_that_are_not_numbers_choose_nothing() -> None:
     rows = torch.stack((LOGITS, torch.full_like(LOGITS, float("nan"))))
     first, second = choose(rows, [request([1], temperature=0), request([1])])
-    assert first is not None
-    assert second is None
+    assert not isinstance(first, Exception)
+    assert "not numbers" in str(second)
+
+
+def test_a_grammar_that_fails_is_its_own_requests_failure() -> None:
+    broken = request([1], temperature=0)
+    broken.constraint = Only(3)
+    broken.constraint.mask = fails  # type: ignore[method-assign]
+    first, second = choose(torch.stack((LOGITS, LOGITS)), [broken, request([1], temperature=0)])
+    assert "planted" in str(first)
+    assert not isinstance(second, Exception) and second.token == 5
+
+
+def fails() -> Any:
+    raise RuntimeError("planted")

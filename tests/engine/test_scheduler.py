@@ -80,6 +80,22 @@ def test_prompts_are_read_in_chunks_beside_decoding() -> None:
     assert seen == [(0, 8), (8, 16), (16, 24), (24, 32), (32, 40)]
 
 
+def test_the_last_part_of_a_prompt_begins_at_a_block() -> None:
+    for length, parts in ((20, [(0, 16), (16, 20)]), (17, [(0, 16)]), (16, [(0, 8), (8, 16)]),
+                          (5, [(0, 5)])):  # fmt: skip
+        scheduler = make(block=8)
+        one = request(length)
+        scheduler.submit(one)
+        seen = []
+        while one.pending > 1:
+            batch = scheduler.next()
+            seen += [(span.start, span.stop) for span in batch.prefill]
+            run(scheduler, batch)
+            if one.count:
+                break
+        assert seen == parts
+
+
 def test_a_short_question_does_not_wait_for_a_book() -> None:
     scheduler = make(prefill_tokens=8, slots=3)
     book, question = request(400), request(4)
@@ -90,13 +106,24 @@ def test_a_short_question_does_not_wait_for_a_book() -> None:
     assert spans == {book: 4, question: 4}
 
 
-def test_the_queue_has_a_limit() -> None:
-    scheduler = make(max_waiting=2)
-    scheduler.submit(request(1))
-    scheduler.submit(request(1))
+def test_the_queue_has_a_limit_behind_the_free_slots() -> None:
+    scheduler = make(slots=2, max_waiting=1)
+    scheduler.submit(request(1), request(1), request(1))
     with pytest.raises(QueueFull) as full:
         scheduler.submit(request(1))
     assert full.value.retry_after >= 1
+    idle = make(slots=2, max_waiting=0)
+    idle.submit(request(1), request(1))
+    assert len(idle.next().prefill or idle.next().decode) == 2
+
+
+def test_requests_are_queued_all_or_none() -> None:
+    scheduler = make(slots=1, max_waiting=2)
+    with pytest.raises(QueueFull):
+        scheduler.submit(*(request(1) for _ in range(4)))
+    with pytest.raises(ValueError, match="999"):
+        scheduler.submit(request(1), request(5000))
+    assert not scheduler.waiting
 
 
 @pytest.mark.parametrize("length", [0, 1000, 1001])

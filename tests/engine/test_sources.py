@@ -263,6 +263,18 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(str(gguf), cache) == resolve(str(gguf / "a.gguf"), cache) == gguf / "a.gguf"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve("~/plain", cache) == plain
+    links = tmp_path / "links"
+    links.mkdir()
+    for name, target in (("link", gguf / "a.gguf"), ("second", "link"), ("folder", plain)):
+        (links / name).symlink_to(target)
+    assert resolve(str(links / "link"), cache) == gguf / "a.gguf"
+    assert resolve(str(links / "second"), cache) == gguf / "a.gguf"
+    assert resolve(str(links / "folder"), cache) == links / "folder"
+    # As in a store of blobs: what has the name is a link, and what it leads to has none.
+    (links / "0123abcd").write_bytes(b"GGUF")
+    (links / "named.gguf").symlink_to("0123abcd")
+    (links / "to-named").symlink_to("named.gguf")
+    assert resolve(str(links / "to-named"), cache) == links / "named.gguf"
     (gguf / "b.gguf").write_bytes(b"GGUF")
     with pytest.raises(PrerequisiteError, match=r"several models: a\.gguf, b\.gguf"):
         resolve(str(gguf), cache)

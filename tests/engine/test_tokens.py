@@ -14,7 +14,9 @@ from tokenizers import Tokenizer as Backend
 
 from difyops.engine.load import tokenizer_config
 from difyops.engine.tokens import Tokenizer
+from difyops.engine.toolcalls import ChatParser
 from difyops.errors import PrerequisiteError, UsageError
+from tests.engine import random_model
 
 VOCABULARY = 49152  # SmolLM2's
 
@@ -112,18 +114,46 @@ def test_the_bytes_of_tokens_are_exact(smol_tokenizer: Tokenizer) -> None:
 
 
 def test_special_tokens_in_a_text(smol_tokenizer: Tokenizer) -> None:
-    text = "<|im_start|>user"
-    assert smol_tokenizer.encode(text)[0] == 1
-    plain = smol_tokenizer.encode(text, special=False)
-    assert 1 not in plain
-    assert smol_tokenizer.decode(plain) == text
-    assert smol_tokenizer.encode(text)[0] == 1  # the switch did not stay
+    ids = smol_tokenizer.encode("<|im_start|>user")
+    assert ids[0] == 1
+    assert smol_tokenizer.decode(ids) == "user"
+
+
+def test_the_tags_that_the_parser_reads_are_text() -> None:
+    """Also where a vocabulary has them as special tokens: a call would be content otherwise."""
+    words = special_tags()
+    tokenizer = Tokenizer(words, {"eos_token": "<|im_end|>"})
+    assert {words.token_to_id("<tool_call>"), words.token_to_id("<think>")} <= {
+        id for id, token in words.get_added_tokens_decoder().items() if token.special
+    }
+    said = (
+        '<think>\nhm\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    )
+    parser = ChatParser("hermes", reasoning=True)
+    stream = tokenizer.stream()
+    deltas = [
+        delta
+        for id in tokenizer.encode(said + "<|im_end|>")
+        for delta in parser.push(stream.push(id))
+    ]
+    deltas += parser.push(stream.flush()) + parser.flush()
+    assert "".join(delta.reasoning for delta in deltas) == "hm"
+    assert not any(delta.content for delta in deltas)
+    calls = [delta.call for delta in deltas if delta.call is not None]
+    assert calls[0].name == "f" and parser.complete(1)
+    assert json.loads("".join(call.arguments for call in calls)) == {"a": 1}
+
+
+def special_tags() -> Backend:
+    words = random_model.tokenizer(special_tags=True)
+    words.add_special_tokens([AddedToken(tag, special=True) for tag in ("<think>", "</think>")])
+    return words
 
 
 def test_what_smollm2_says_of_itself(smol_tokenizer: Tokenizer) -> None:
     assert smol_tokenizer.vocabulary == VOCABULARY
     assert smol_tokenizer.stop_ids == {2}
-    assert (smol_tokenizer.bos, smol_tokenizer.eos) == ("<|im_start|>", "<|im_end|>")
+    assert smol_tokenizer.eos == "<|im_end|>"
     assert "<|im_start|>" in (smol_tokenizer.chat_template or "")
 
 
@@ -182,6 +212,20 @@ def test_the_files_of_a_directory(tmp_path: Path) -> None:
     assert config["chat_template"] == "first"
     (tmp_path / "chat_template.jinja").write_text("second")
     assert tokenizer_config(tmp_path, {})["chat_template"] == "second"
+    (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(PrerequisiteError, match=r"chat_template\.jinja: .*utf-8"):
+        tokenizer_config(tmp_path, {})
+
+
+@pytest.mark.parametrize("wrong", [[["x"]], "x", [True], {"a": 1}, [None], 1.0])
+def test_a_wrong_end_names_its_file_and_key(wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises(PrerequisiteError, match="eos_token_id"):
+        small(eos_token_id=wrong)
+    with pytest.raises(PrerequisiteError, match=r"/config\.json: eos_token_id"):
+        tokenizer_config(tmp_path, {"eos_token_id": wrong})
+    write(tmp_path, "generation_config.json", {"eos_token_id": wrong})
+    with pytest.raises(PrerequisiteError, match=r"generation_config\.json: eos_token_id"):
+        tokenizer_config(tmp_path, {})
 
 
 def write(folder: Path, name: str, content: object) -> None:
@@ -216,5 +260,3 @@ def test_wrong_files_say_what_is_wrong(tmp_path: Path) -> None:
     backend.save(str(path))
     with pytest.raises(PrerequisiteError, match="the tokenizer's decoder WordPiece"):
         Tokenizer.from_file(path, {})
-    with pytest.raises(PrerequisiteError, match="eos_token_id"):
-        small(eos_token_id="x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -224,9 +225,19 @@ def test_load_a_directory(directory: Path) -> None:
     assert loaded.tokenizer.stop_ids == {2}
     attention, mlp, norms = 48 * 48 * 2 + 48 * 24 * 2, 3 * 48 * 80, 3 * 48
     assert loaded.parameters == 49152 * 48 + attention + mlp + norms
-    assert loaded.weight_bytes == 4 * loaded.parameters
-    assert load(directory, dtype="bfloat16").weight_bytes == 2 * loaded.parameters
     assert load(directory, dtype="float64").model.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"top_k": -1}, {"top_p": 7}, {"repetition_penalty": 0}, {"temperature": "hot"}]
+)
+def test_wrong_recommendations_are_named(
+    directory: Path, tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    shutil.copytree(directory, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(wrong))
+    with pytest.raises(PrerequisiteError, match=f"generation_config.json: {next(iter(wrong))}"):
+        load(tmp_path / "model")
 
 
 def test_load_refuses(directory: Path, tmp_path: Path) -> None:

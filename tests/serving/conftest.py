@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from difyops import catalog, modelsource
+from difyops import modelsource
 
 KEY = "sk-test-0123456789abcdef"
 CHAT, EMBED = "smollm2-135m", "minilm-l6"
@@ -26,18 +26,7 @@ CHAT, EMBED = "smollm2-135m", "minilm-l6"
 def fetched(name: str, folder: Path) -> dict[str, Path]:
     """role -> path, fetched as difyops itself does; into DIFYOPS_TEST_CACHE if it is set."""
     cache = os.environ.get("DIFYOPS_TEST_CACHE")
-    return {
-        role: modelsource.fetch(
-            f.source,
-            f.member,
-            name=name,
-            file=f.file,
-            sha256=f.sha256,
-            size=f.bytes,
-            directory=Path(cache) if cache else folder,
-        )
-        for role, f in catalog.get(name).files().items()
-    }
+    return modelsource.fetch_model(name, Path(cache) if cache else folder)
 
 
 @pytest.fixture(scope="session")
@@ -161,6 +150,6 @@ def server(
 
 @pytest.fixture
 def http(server: Running) -> Iterator[httpx.Client]:
-    headers = {"Authorization": f"Bearer {KEY}"}
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     with httpx.Client(base_url=server.url(), headers=headers, timeout=60) as client:
         yield client

@@ -38,12 +38,15 @@ class FaultyServer:
 
 
 @contextmanager
-def faulty(*script: Answer) -> Iterator[FaultyServer]:
+def faulty(
+    *script: Answer, models: bytes = b'{"data": [{"id": "faulty"}]}'
+) -> Iterator[FaultyServer]:
+    """`models` is the answer to every GET."""
     state = FaultyServer(list(script))
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.reply(200, {}, json.dumps({"data": [{"id": "faulty"}]}).encode())
+            self.reply(200, {}, models)
 
         def do_POST(self) -> None:
             length = int(self.headers["Content-Length"])

@@ -70,6 +70,8 @@ def test_models_tell_the_context_each_request_has(client: openai.OpenAI) -> None
     assert (embedding["id"], embedding["context_length"]) == (EMBED, 256)
     assert embedding["dimensions"] == 384
     assert chat["owned_by"] == "difyops"
+    assert chat["tools"] is False
+    assert "tools" not in embedding
     assert client.models.retrieve(CHAT).id == CHAT
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nope")

@@ -95,7 +95,7 @@ def test_a_server_that_is_not_up() -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "error: http://127.0.0.1:1/v1 cannot be reached",
-        "  Fix: is it up? One of ours: difyops up --source",
+        "  Fix: is it up? One of ours: difyops serve MODEL, or difyops up --source",
     ]
 
 

@@ -78,7 +78,7 @@ def diary(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     }
 
     @contextmanager
-    def running(url: str, key: object) -> Iterator[peers.Target]:
+    def running(url: str) -> Iterator[peers.Target]:
         if url not in servers:
             raise DifyopsError(f"{url} cannot be reached", "start it")
         yield servers[url]
@@ -135,6 +135,16 @@ def test_answers_that_ended_early_are_told(diary: list[str]) -> None:
     found = serve.run(wanted("a", "early", streams=[1]), report.Lines())
     told = [line for line in found.remarks() if line.startswith("not comparable")]
     assert told == ["not comparable: early at 1: answers of 5 to 5 tokens, and not 16"]
+
+
+def test_prompts_shorter_than_the_template_are_raised(
+    diary: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = serve.run(wanted("gone", "a", streams=[1], prompt_tokens=12), report.Lines())
+    assert found.rows[1].prompt_tokens == (19, 19)
+    said = capsys.readouterr().err
+    assert "--prompt-tokens: raised to 19" in said
+    assert "start: gone cannot be reached (start it)" in said  # below its cross, at once
 
 
 def test_a_template_longer_than_the_prompt(diary: list[str]) -> None:

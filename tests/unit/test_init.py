@@ -91,6 +91,40 @@ def test_what_is_written_is_what_was_said(tmp_path: Path) -> None:
         )
 
 
+def test_the_backend_is_for_a_model_here(tmp_path: Path) -> None:
+    nothing = {"version": None, "model": None, "base_url": None, "without_dify": False}
+    answers = init.answers(**nothing, model_url=None, backend="native")  # type: ignore[arg-type]
+    init.run(tmp_path / "d", answers, dict)
+    wanted = settings.load(tmp_path / "d/difyops.yaml").model
+    assert (wanted.backend, wanted.name) == ("native", "smollm2-135m")
+    with pytest.raises(UsageError, match=r"model\.backend: should be 'llamacpp', 'native'"):
+        init.run(tmp_path / "e", {"model": {"backend": "nativ"}}, dict)
+    nothing["model"] = "m"
+    with pytest.raises(UsageError, match="--backend is for a model here"):
+        init.answers(**nothing, model_url="http://h/v1", backend="native")  # type: ignore[arg-type]
+
+
+def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.gguf").touch()
+    nothing: dict[str, Any] = {
+        "version": None, "model_url": None, "base_url": None, "without_dify": False,
+    }  # fmt: skip
+    answers = init.answers(**nothing, model="mine", backend="native", model_source="m.gguf")
+    init.run(tmp_path / "d", answers, dict)
+    wanted = settings.load(tmp_path / "d/difyops.yaml").model
+    assert (wanted.backend, wanted.name) == ("native", "mine")
+    assert wanted.source == str(tmp_path / "m.gguf")  # the deployment is elsewhere
+    with pytest.raises(UsageError, match="--model-source is for the native engine"):
+        init.answers(**nothing, model="mine", model_source="m.gguf")
+    with pytest.raises(UsageError, match="needs a name"):
+        init.answers(**nothing, model=None, backend="native", model_source="m.gguf")
+    with pytest.raises(UsageError, match="no model called 'qqq'") as caught:
+        init.run(tmp_path / "e", {"model": {"backend": "native", "name": "qqq"}}, dict)
+    assert caught.value.hint and caught.value.hint.startswith("chat models: smollm2-135m; ")
+    assert "--model-source" in caught.value.hint and "minilm" not in caught.value.hint
+
+
 def test_taken_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -72,3 +72,33 @@ def test_read_follows(tmp_path: Path) -> None:
         with log.open("a") as file:
             file.write("2\n")
         assert next(lines) == "2"
+
+
+def test_what_came_since_a_mark(tmp_path: Path) -> None:
+    log = tmp_path / "model.log"
+    assert (logs.size(log), logs.since(log, 0)) == (0, ())
+    log.write_text("old\n")
+    mark = logs.size(log)
+    assert logs.since(log, mark) == ()
+    with log.open("a") as file:
+        file.write("new\n\nmore\n")
+    assert logs.since(log, mark) == ("new", "more")
+    log.write_text("a\n")  # rotated
+    assert logs.since(log, mark) == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (
+            ["2026-01-01 1:2 INFO listening on x", "2026-01-01 1:2 ERROR m: bad (mend)"],
+            "m: bad (mend)",
+        ),
+        (["2026-01-01 1:2 ERROR old", "2026-01-01 1:2 INFO listening on x"], None),
+        (["2026-01-01 1:2 ERROR old", "2026-01-01 1:2 INFO ready after 1.0 s"], None),
+        (["somebody said ERROR here"], None),
+        ([], None),
+    ],
+)
+def test_the_last_error_of_the_last_run(lines: list[str], said: str | None) -> None:
+    assert logs.last_error(lines) == said

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from difyops.chat import Answer
+from difyops.chat import Answer, question
 from difyops.errors import DifyopsError, UsageError
-from difyops.openai_client import Event, EventReader, connection, refusal
+from difyops.openai_client import Event, EventReader, connection, key_for, refusal
 from difyops.secrets import Secret
 
 URL = "http://10.0.0.5/v1"
@@ -24,6 +24,37 @@ def read(stream: bytes, size: int) -> list[Event]:
     events = [e for i in range(0, len(stream), size) for e in reader.feed(stream[i : i + size])]
     reader.close()
     return events
+
+
+def test_our_own_key_is_for_this_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DIFYOPS_MODEL_API_KEY", raising=False)
+    monkeypatch.setenv("DIFYOPS_API_KEY", "ours")
+    for here in ("http://127.0.0.1:8090/v1", "http://localhost/v1", "http://[::1]:1/v1"):
+        assert (key := key_for(here)) is not None and key.reveal() == "ours"
+    for there in (URL, "http://127.0.0.1.example/v1", "https://api.example/v1"):
+        assert key_for(there) is None
+    monkeypatch.setenv("DIFYOPS_MODEL_API_KEY", "theirs")
+    for url in ("http://127.0.0.1:8090/v1", URL):
+        assert (key := key_for(url)) is not None and key.reveal() == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("asked", "piped", "whole"),
+    [
+        (None, None, None),
+        ("Sum up:", None, "Sum up:"),
+        ("Sum up:", b"", "Sum up:"),
+        ("Sum up:", b"a\nb\n", "Sum up:\n\na\nb"),
+        (None, b" a\n", " a"),
+    ],
+)
+def test_a_question_and_what_is_piped(
+    asked: str | None, piped: bytes | None, whole: str | None
+) -> None:
+    assert question(asked, piped) == whole
+    for nothing in ((None, b"\n"), (" ", None), ("", b" ")):
+        with pytest.raises(UsageError, match="the question is empty"):
+            question(*nothing)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 10_000])

@@ -6,10 +6,12 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from difyops.engine.models.decoder import Decoder
 from difyops.errors import UsageError
+
+if TYPE_CHECKING:
+    from difyops.engine.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,16 @@ REGISTRY: Mapping[str, str] = MappingProxyType(
 )
 
 
+def check_family(config: Mapping[str, Any]) -> str:
+    """The model_type of a config. Raises UsageError, naming the known ones, for any other."""
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind in REGISTRY:
+        return kind
+    said = "model_type is missing" if kind is None else f"model_type: {kind!r} is not served"
+    raise UsageError(f"config.json: {said}", f"families: {', '.join(sorted(REGISTRY))}")
+
+
 def family(config: Mapping[str, Any]) -> Family:
-    """The family of a config. Raises UsageError, naming the known ones, for any other."""
-    kind = str(config.get("model_type"))
-    if kind not in REGISTRY:
-        raise UsageError(
-            f"config.json: model_type: {kind!r} is not a family that difyops serves",
-            f"families: {', '.join(sorted(REGISTRY))}",
-        )
-    found: Family = importlib.import_module(REGISTRY[kind]).FAMILY
+    """The family of a config. Raises UsageError as check_family."""
+    found: Family = importlib.import_module(REGISTRY[check_family(config)]).FAMILY
     return found

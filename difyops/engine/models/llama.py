@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from difyops.engine.layers import GatedMLP, RMSNorm, inverse_frequencies
 from difyops.engine.mixers.softmax import Frequencies, Softmax
 from difyops.engine.models import Family
+from difyops.engine.models.config import read
 from difyops.engine.models.decoder import Block, Decoder, Shape
-from difyops.errors import UsageError
 
 
 class Rope(BaseModel):
@@ -126,12 +126,7 @@ class Config(BaseModel):
 
 def build(raw: Mapping[str, Any]) -> Decoder:
     """The module of a config. Raises UsageError naming the key that cannot be honoured."""
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UsageError(f"config.json: {key + ': ' if key else ''}{first['msg']}") from error
+    config = read(Config, raw)
     shape = Shape(config.hidden_size, config.vocab_size, config.max_position_embeddings)
     blocks = [_block(config) for _ in range(config.num_hidden_layers)]
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

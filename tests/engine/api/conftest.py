@@ -28,7 +28,9 @@ CONTEXT = 8192
 
 #: Hermes' tool calls, and reasoning when it is asked for.
 TEMPLATE = (
-    tiny.CHAT_TEMPLATE.replace("Tools:", "Call by <tool_call>...</tool_call>. Tools:")
+    tiny.CHAT_TEMPLATE.replace("Tools:", "Call by <tool_call>...</tool_call>. Tools:").replace(
+        "{{ message.content or '' }}", "{{ message.content or '' }}{{ message.tool_calls or '' }}"
+    )
     + "{% if think %}<think>\n{% elif false %}</think>{% endif %}"
 )
 
@@ -76,7 +78,7 @@ class Local:
         self.engine.stop()
 
     def http(self, **settings: Any) -> httpx.Client:
-        headers = {"Authorization": f"Bearer {KEY}"}
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=30, **settings)
 
     def free(self) -> bool:

@@ -15,7 +15,7 @@ from difyops.engine.inbox import Inbox, merged
 from difyops.engine.request import FinishReason, Output, TokenLogprob
 from difyops.engine.tokens import Tokenizer
 from difyops.engine.toolcalls import ChatParser
-from difyops.engine.toolformats import Tool
+from difyops.engine.toolformats import Tool, ToolFormat
 from tests.engine import tiny
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
@@ -63,6 +63,31 @@ def test_a_call_cut_short_ends_by_length(texts: TokenTexts) -> None:
     choice = ChatChoice(0, ChatParser("hermes", [Tool("f")]), texts)
     push(choice, said(CALL[:-15], FinishReason.LENGTH))
     assert choice.whole()["message"]["tool_calls"] and choice.finish == "length"
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("hermes", CALL[:-17]),  # as if a stop string had been met
+        ("hermes", CALL.replace('{"a": 1}', "{a: NaN, }")),
+        ("hermes", f"{CALL}\n{CALL[:-17]}"),
+        ("qwen3_coder", "<tool_call><function=f>"),
+    ],
+)
+def test_a_call_that_is_no_json_does_not_end_by_tool_calls(
+    texts: TokenTexts, form: ToolFormat, text: str
+) -> None:
+    """A client that trusts finish_reason would read the arguments."""
+    choice = ChatChoice(0, ChatParser(form, [Tool("f")]), texts)
+    push(choice, said(text, FinishReason.STOP))
+    assert choice.whole()["message"]["tool_calls"] and choice.finish == "stop"
+
+
+def test_a_second_call_does_not_make_the_first_one_whole(texts: TokenTexts) -> None:
+    for first, finish in (('{"a": 1}', "tool_calls"), ("{a}", "stop")):
+        choice = ChatChoice(0, ChatParser("hermes", [Tool("f")]), texts, one_call=True)
+        push(choice, said(CALL.replace('{"a": 1}', first) + CALL[:-17]))
+        assert choice.finish == finish
 
 
 def test_reasoning_is_apart(texts: TokenTexts) -> None:

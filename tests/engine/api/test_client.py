@@ -134,7 +134,11 @@ def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
         for chunk in chat(client, stream=True, **fields)
         for entry in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else [])
     ]
-    assert streamed == entries
+    # A prompt may be read anew or its state be there, a token be guessed or not: in float32 that
+    # changes the last bits of a score.
+    assert [entry.token for entry in streamed] == [entry.token for entry in entries]
+    near = pytest.approx([entry.logprob for entry in entries], abs=1e-4)
+    assert [entry.logprob for entry in streamed] == near
     plain = chat(client, logprobs=True).choices[0].logprobs.content
     assert plain and all(entry.top_logprobs == [] for entry in plain)
     assert chat(client).choices[0].logprobs is None
@@ -255,6 +259,7 @@ def test_models(client: openai.OpenAI) -> None:
     assert model.to_dict() == client.models.retrieve(MODEL).to_dict()
     shown = model.to_dict()
     assert (shown["context_length"], shown["max_model_len"]) == (CONTEXT, CONTEXT)
+    assert shown["tools"] is True
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nope")
 

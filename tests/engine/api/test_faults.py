@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import httpx
-import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from difyops.engine.request import Request, SamplingParams
 
 from .conftest import CONTEXT, HI, KEY, MODEL, Local, until
 
@@ -36,9 +39,21 @@ def test_a_client_that_leaves_frees_its_slots(server: Local, stream: bool) -> No
         ) if not stream else _read_a_little(client)
     steps = server.engine.stats().counters.steps
     until(server.free, 3, server.engine.stats)
-    # At once, and not when the context was full.
+    # Not when the context was full; how soon, the operating system's sockets decide.
     assert server.engine.stats().counters.steps - steps < 300
     assert 'difyops_choices_total{finish="cancelled"}' in metrics(server)
+
+
+def test_a_cancelled_request_is_in_no_further_step(server: Local) -> None:
+    text = server.llm.tokenizer.stream()
+    request = Request([5], SamplingParams(max_tokens=CONTEXT - 1), text)
+    server.engine.submit(request, lambda _: None)
+    until(lambda: request.count > 3, 5)
+    server.engine.cancel(request)
+    steps = server.engine.stats().counters.steps
+    until(server.free, 3, server.engine.stats)
+    # The step that ran when it was cancelled, and no other.
+    assert server.engine.stats().counters.steps - steps <= 1
 
 
 def _read_a_little(client: httpx.Client) -> None:
@@ -79,16 +94,41 @@ def test_a_full_queue_is_429_and_the_rest_goes_on(start: Start) -> None:
 
 
 def test_all_of_a_requests_choices_are_queued_or_none(start: Start) -> None:
-    local = start(slots=1, max_waiting=1)
-    with (
-        openai.OpenAI(base_url=f"{local.url}/v1", api_key=KEY, max_retries=0) as client,
-        pytest.raises(openai.RateLimitError),
-    ):
-        client.chat.completions.create(
-            model=MODEL, messages=HI, n=5, extra_body={"ignore_eos": True}
-        )
-    # Those that had found room are gone long before the context is full.
-    until(local.free, 1, local.engine.stats)
+    local = start(slots=1, max_waiting=4)
+    before = samples(local)
+    with local.http() as client:
+        body = LONG | {"stream": True}
+        with client.stream("POST", "/v1/chat/completions", json=body) as running:
+            lines = running.iter_lines()
+            next(lines)
+            answer = client.post("/v1/chat/completions", json=LONG | {"n": 5})
+            assert (answer.status_code, error_of(answer)["code"]) == (429, "queue_full")
+            assert local.engine.stats().waiting == 0
+            # What was never taken in was not cancelled either.
+            assert samples(local).items() - before.items() >= {
+                (("requests_refused_total", "queue_full"), 1.0)
+            }
+            assert ("choices_total", "cancelled") not in samples(local)
+    until(local.free, 5, local.engine.stats)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("chat/completions", {"messages": HI, "n": 6}, "n"),
+        ("completions", {"prompt": "a", "n": 6}, "n"),
+        ("completions", {"prompt": ["a"] * 6}, "prompt"),
+    ],
+)
+def test_more_choices_than_an_idle_server_takes_are_no_429(
+    start: Start, path: str, fields: dict[str, Any], param: str
+) -> None:
+    local = start(slots=2, max_waiting=3)
+    with local.http() as client:
+        answer = client.post(f"/v1/{path}", json={"model": MODEL} | fields)
+        error = error_of(answer)
+        assert (answer.status_code, error["param"]) == (400, param)
+        assert "6 choices" in error["message"] and "at most 5" in error["message"]
 
 
 def test_200_streams_at_once_lose_nothing(start: Start) -> None:
@@ -146,7 +186,88 @@ def test_over_long_prompts_name_both_numbers(http: httpx.Client) -> None:
     body = {"model": MODEL, "prompt": [5] * 10, "max_tokens": CONTEXT - 9}
     error = error_of(http.post("/v1/completions", json=body))
     assert error["param"] == "max_tokens" and "10 tokens" in error["message"]
-    assert str(CONTEXT) in error["message"]
+    assert str(CONTEXT) in error["message"] and f"at most {CONTEXT - 10} fit" in error["message"]
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_a_text_that_cannot_fit_is_refused_unread(
+    server: Local, http: httpx.Client, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("it was tokenised")
+
+    monkeypatch.setattr(server.llm.tokenizer, "encode", never)
+    text = "é" * (CONTEXT * server.llm.longest_token // 2 + 1)
+    fields = {"messages": [{"role": "user", "content": text}], "prompt": text}
+    field = "messages" if path.startswith("chat") else "prompt"
+    answer = http.post(f"/v1/{path}", json={"model": MODEL, field: fields[field]})
+    error = error_of(answer)
+    assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert (error["param"], error["n_ctx"]) == (field, CONTEXT)
+    assert error["n_prompt_tokens"] > CONTEXT and "bytes" in error["message"]
+    assert server.llm.longest_token == max(
+        len(server.llm.tokenizer.token_bytes(i)) for i in range(server.llm.tokenizer.vocabulary)
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "status"),
+    [
+        ("completions", b'{"prompt":[' + b"5," * 999_000 + b"5]}", 400),
+        ("completions", b'{"prompt":[' + b"5," * 7_000_000 + b"5]}", 413),
+        (
+            "chat/completions",
+            b'{"messages":[' + b'{"role":"user","content":"a"},' * 400_000 + b"{}]}",
+            413,
+        ),
+        (
+            "chat/completions",
+            b'{"messages":[' + b'{"role":"user","content":"a"},' * 90_000 + b"{}]}",
+            400,
+        ),
+        ("completions", b'{"prompt":[' + b"[5]," * 90_000 + b"[5]]}", 400),
+        ("embeddings", b'{"input":[' + b"5," * 999_000 + b"5]}", 404),
+    ],
+)
+def test_others_are_answered_while_a_large_body_is_read(
+    server: Local, http: httpx.Client, path: str, content: bytes, status: int
+) -> None:
+    content = content.replace(
+        b"{", b'{"model":"tiny",' if path != "embeddings" else b'{"model":"x",', 1
+    )
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        with server.http() as client:
+            answers.append(client.post(f"/v1/{path}", content=content))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    slowest = 0.0
+    while thread.is_alive():
+        began = time.monotonic()
+        assert http.get("/health").status_code == 200
+        slowest = max(slowest, time.monotonic() - began)
+    thread.join()
+    assert answers[0].status_code == status, answers[0].text
+    assert slowest < 1.5
+
+
+def test_a_body_must_be_called_json(http: httpx.Client) -> None:
+    """A web page cannot send that to another server without asking it first."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        for path in ("chat/completions", "completions", "embeddings"):
+            answer = http.post(
+                f"/v1/{path}", content=b'{"model": "tiny"}', headers={"Content-Type": kind}
+            )
+            error = error_of(answer)
+            assert (answer.status_code, error["code"]) == (415, "unsupported_media_type")
+            assert "Content-Type: application/json" in error["message"]
+    kind = "Application/JSON; charset=utf-8"
+    body = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": 1})
+    answer = http.post("/v1/completions", content=body, headers={"Content-Type": kind})
+    assert answer.status_code == 200
+    assert http.options("/v1/completions").status_code == 405
 
 
 def test_a_full_context_ends_the_answer(http: httpx.Client) -> None:
@@ -169,12 +290,14 @@ def test_a_full_context_ends_the_answer(http: httpx.Client) -> None:
                 "name": "f", "parameters": {"properties": {"a": {"uniqueItems": True}}}}}]},
             "unsupported_parameter", "tools", "uniqueItems",
         ),
+        ({"enable_thinking": False}, "unsupported_parameter", "enable_thinking", "always reasons"),
         ({"structured_outputs": {"regex": "("}}, "invalid_value", "structured_outputs", ""),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "invalid_value", "ignore_eos",
          ""),
         ({"logit_bias": {"999999": 1}}, "invalid_value", "logit_bias", "999999"),
         ({"chat_template_kwargs": {"shout": 1}}, "unsupported_parameter",
          "chat_template_kwargs.shout", "does not read it"),
+        ({"reasoning_effort": "low"}, "unsupported_parameter", "reasoning_effort", "not read it"),
         ({"chat_template_kwargs": {"messages": []}}, "invalid_value", "messages", "messages"),
         ({"nonsense": 1}, "unsupported_parameter", "nonsense", "nonsense"),
         ({"stop": ["\ud800"]}, "invalid_value", "stop", "surrogate"),
@@ -201,9 +324,27 @@ def test_malformed_json(http: httpx.Client, path: str) -> None:
     assert http.get("/v1/nothing").status_code == 404
 
 
-def test_metrics_add_up(start: Start) -> None:
-    from prometheus_client.parser import text_string_to_metric_families
+def samples(local: Local) -> dict[tuple[str, ...], float]:
+    """/metrics: a name without its prefix, and the labels -> the value."""
+    return {
+        (sample.name.removeprefix("difyops_"), *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(metrics(local))
+        for sample in family.samples
+    }
 
+
+def test_an_end_token_is_no_generated_token(start: Start) -> None:
+    local = start()
+    end = min(local.llm.tokenizer.stop_ids)
+    with local.http() as client:
+        body = {"model": MODEL, "messages": HI, "max_tokens": 500, "logit_bias": {str(end): 6}}
+        answer = client.post("/v1/chat/completions", json=body | {"seed": 3}).json()
+    until(local.free, 5)
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert samples(local)["generated_tokens_total",] == answer["usage"]["completion_tokens"] > 0
+
+
+def test_metrics_add_up(start: Start) -> None:
     local = start(slots=3)
     with local.http() as client:
         body = LONG | {"max_tokens": 9, "n": 2}
@@ -212,11 +353,7 @@ def test_metrics_add_up(start: Start) -> None:
         until(local.free, 5)
         answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-    seen = {
-        (sample.name.removeprefix("difyops_"), *sample.labels.values()): sample.value
-        for family in text_string_to_metric_families(answer.text)
-        for sample in family.samples
-    }
+    seen = samples(local)
     assert seen["choices_total", "length"] == 2
     assert seen["requests_refused_total", "unsupported_parameter"] == 1
     assert seen["time_to_first_token_seconds_count",] == 1

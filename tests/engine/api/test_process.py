@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from difyops.engine import config, serve
+from difyops.engine import config, opening, serve
 from difyops.engine.request import Request, SamplingParams
 from difyops.engine.slots import IntegrityError
 from difyops.errors import PrerequisiteError, UsageError
@@ -132,7 +132,7 @@ def _serve_here(settings: dict[str, Any]) -> int:
 def test_an_engine_that_dies_is_exit_1(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = serve.open_llm
+    real = opening.open_llm
 
     def doomed(settings: config.LlmConfig) -> Any:
         llm = real(settings)
@@ -144,7 +144,7 @@ def test_an_engine_that_dies_is_exit_1(
         llm.engine.cancel(Request([1], SamplingParams(max_tokens=1), llm.tokenizer.stream()))
         return llm
 
-    monkeypatch.setattr(serve, "open_llm", doomed)
+    monkeypatch.setattr(opening, "open_llm", doomed)
     assert _serve_here(configuration(checkpoint)) == 1
     assert "the engine ended: IntegrityError: planted" in caplog.text
 
@@ -162,7 +162,7 @@ def test_the_status_line_is_written_under_load(
     monkeypatch.setattr(serve, "STATUS_EVERY", 0.2)
     monkeypatch.setattr(serve, "LOOK_EVERY", 0.05)
     caplog.set_level("INFO")
-    real = serve.open_llm
+    real = opening.open_llm
 
     def busy(settings: config.LlmConfig) -> Any:
         llm = real(settings)
@@ -174,7 +174,7 @@ def test_the_status_line_is_written_under_load(
         ).start()
         return llm
 
-    monkeypatch.setattr(serve, "open_llm", busy)
+    monkeypatch.setattr(opening, "open_llm", busy)
     assert _serve_here(configuration(checkpoint)) == 0
     pattern = r"running \d  waiting 0  slots \d/4  decode [\d.]+k? tok/s  prefill [\d.]+k? tok/s"
     assert re.search(pattern, caplog.text)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import re
 from typing import Any
 
 import pytest
 from openai.types import completion_create_params as text
 from openai.types.chat import completion_create_params as chat
 
-from difyops.engine import intake, protocol, stream
+from difyops.engine import intake
+from difyops.engine.chat import ChatTemplate
 from difyops.engine.protocol import ChatRequest, CompletionRequest, parse
 from difyops.serving.errors import ApiError
 from difyops.serving.http import json_object
 
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}, "strict": True}}
+FORMAT = {
+    "type": "json_schema",
+    "json_schema": {"name": "x", "schema": {}, "strict": True, "description": "an x"},
+}
 
 COMMON: dict[str, list[Any]] = {
     "model": ["m"],
@@ -31,7 +33,7 @@ COMMON: dict[str, list[Any]] = {
     "stop": ["x", ["x", "y"], []],
     "stream": [True, False],
     "temperature": [0, 2.0],
-    "top_p": [0.5],
+    "top_p": [0.5, 0],
     "user": ["u"],
 }
 #: Field -> values that are accepted.
@@ -43,6 +45,7 @@ CHAT_HONOURED = COMMON | {
     "modalities": [["text"]],
     "parallel_tool_calls": [True, False],
     "prompt_cache_key": ["k"],
+    "reasoning_effort": ["low"],
     "response_format": [FORMAT, {"type": "text"}, {"type": "json_object"}],
     "safety_identifier": ["s"],
     "service_tier": ["auto", "default"],
@@ -61,7 +64,6 @@ CHAT_REFUSED: dict[str, Any] = {
     "prediction": {"type": "content", "content": "x"},
     "prompt_cache_options": {"mode": "implicit"},
     "prompt_cache_retention": "24h",
-    "reasoning_effort": "low",
     "verbosity": "low",
     "web_search_options": {},
 }
@@ -72,16 +74,12 @@ TEXT_HONOURED = COMMON | {
     "stream_options": [{"include_usage": True}],
 }
 TEXT_REFUSED: dict[str, Any] = {"best_of": 3, "suffix": "x"}
-#: They change no answer, whatever value is accepted.
-WITHOUT_EFFECT = {
-    "metadata", "modalities", "prompt_cache_key", "safety_identifier", "service_tier", "store",
-    "user",
-}  # fmt: skip
 #: What a field needs beside it.
 BESIDE: dict[str, dict[str, Any]] = {
     "stream_options": {"stream": True},
     "top_logprobs": {"logprobs": True},
     "tool_choice": {"tools": [TOOL]},
+    "parallel_tool_calls": {"tools": [TOOL]},
 }
 
 
@@ -137,15 +135,6 @@ def test_refused_by_name(kind: type[Any], field: str, value: Any) -> None:
         parse(kind, body(kind, **{field: None}))
 
 
-@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
-def test_what_is_accepted_is_read_somewhere(kind: type[Any]) -> None:
-    code = "".join(inspect.getsource(module) for module in (intake, stream, protocol))
-    for name, info in kind.model_fields.items():
-        if info.annotation is type(None) or name in WITHOUT_EFFECT | {"model"}:
-            continue
-        assert re.search(rf"\b(?:asked|self)\.{name}\b", code), name
-
-
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -171,9 +160,10 @@ def test_what_is_accepted_is_read_somewhere(kind: type[Any]) -> None:
         ),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "1"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
+        ({"messages": HI * 8193}, "messages"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
         ({"seed": 2**63}, "seed"),
@@ -183,6 +173,12 @@ def test_what_is_accepted_is_read_somewhere(kind: type[Any]) -> None:
         ({"stop": "\ud800"}, "stop"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        ({"logit_bias": {"01": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 1, "01": 2}}, "logit_bias"),
+        ({"logit_bias": {"\u0663": 1}}, "logit_bias"),
+        ({"logit_bias": {"1\n": 1}}, "logit_bias"),
+        ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include": 1}}, "stream_options.include"),
@@ -208,11 +204,18 @@ def test_what_is_accepted_is_read_somewhere(kind: type[Any]) -> None:
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
             "tools.0.function.parameters",
         ),
+        ({"enable_thinking": True, "thinking": {"type": "disabled"}}, "enable_thinking"),
         (
-            {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
-            "tools",
+            {"thinking": {"type": "enabled"}, "chat_template_kwargs": {"thinking": False}},
+            "enable_thinking",
         ),
+        ({"reasoning_format": "none"}, "reasoning_format"),
+        ({"reasoning_effort": ""}, "reasoning_effort"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tool_choice": "none"}, "tool_choice"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"parallel_tool_calls": True}, "parallel_tool_calls"),
         ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
         (
             {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
@@ -232,6 +235,7 @@ def test_a_wrong_value_is_named(fields: dict[str, Any], param: str) -> None:
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt.0"),
         ({"prompt": ["a"] * 65, "n": 2}, "prompt"),
+        ({"prompt": ["a"] * 129}, "prompt"),
         ({"echo": True, "logprobs": 1}, "logprobs"),
         ({"logprobs": 6}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
@@ -253,6 +257,8 @@ def test_a_wrong_completion_is_named(fields: dict[str, Any], param: str) -> None
         (b'{"seed": ' + b"9" * 5000 + b"}", "invalid_json"),
         (b"[" * 100_000, "invalid_json"),
         (b'{"tools": [{"a": "\\ud800"}]}', "invalid_value"),
+        (b'{"a": "\\uDFff"}', "invalid_value"),
+        (b'{"a": "\xed\xa0\x80"}', "invalid_json"),
     ],
 )
 def test_a_body_that_is_no_json_object(sent: bytes, code: str) -> None:
@@ -260,3 +266,54 @@ def test_a_body_that_is_no_json_object(sent: bytes, code: str) -> None:
         json_object(sent)
     assert caught.value.status == 400 and caught.value.body["error"]["code"] == code
     json.dumps(caught.value.body).encode()  # the answer itself can be sent
+
+
+SWITCH = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+EFFORT = "{{ reasoning_effort }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "fields", "given"),
+    [
+        (SWITCH, {}, {}),
+        (SWITCH, {"enable_thinking": False}, {"enable_thinking": False}),
+        (SWITCH, {"thinking": {"type": "enabled"}}, {"enable_thinking": True}),
+        # As Dify's provider sends them, all at once.
+        (
+            SWITCH,
+            {
+                "enable_thinking": False,
+                "thinking": {"type": "disabled"},
+                "chat_template_kwargs": {"enable_thinking": False, "thinking": False},
+                "reasoning_format": "deepseek",
+            },
+            {"enable_thinking": False},
+        ),
+        ("{% if thinking %}{% endif %}", {"enable_thinking": True}, {"thinking": True}),
+        ("it never reasons", {"chat_template_kwargs": {"thinking": False}}, {}),
+        ("<think></think>", {"enable_thinking": True}, {}),
+        (EFFORT, {"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
+        (
+            EFFORT,
+            {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "low"}},
+            {"reasoning_effort": "low"},
+        ),
+        ("it never reasons", {"thinking": {"type": "enabled"}}, "enable_thinking"),
+        ("<think> thinking </think>", {"enable_thinking": False}, "enable_thinking"),
+        (
+            EFFORT,
+            {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}},
+            "reasoning_effort",
+        ),
+    ],
+)
+def test_a_switch_has_the_templates_name(
+    template: str, fields: dict[str, Any], given: dict[str, Any] | str
+) -> None:
+    asked = parse(ChatRequest, body(ChatRequest, **fields))
+    if isinstance(given, dict):
+        assert intake.template_kwargs("m", asked, ChatTemplate(template)) == given
+        return
+    with pytest.raises(ApiError) as caught:
+        intake.template_kwargs("m", asked, ChatTemplate(template))
+    assert caught.value.body["error"]["param"] == given

@@ -1,0 +1,77 @@
+"""The number of guesses, against a machine whose costs and whose luck are known."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from difyops.engine.adapt import RETRY, Adaptive, expected_tokens
+from difyops.engine.speculate import look_up
+
+
+def play(
+    adaptive: Adaptive, rate: float, step: float, guess: float, *, batch: int = 1, passes: int = 600
+) -> list[int]:
+    """`step` seconds a pass and `guess` more for each guess; the choices that were made."""
+    dice = random.Random(1)
+    chosen = []
+    for _ in range(passes):
+        k = adaptive.choose(batch)
+        chosen.append(k)
+        adaptive.took(batch, k, step + guess * k)
+        hits = next((i for i in range(k) if dice.random() > rate), k)
+        adaptive.came_true(hits, min(hits + 1, k))
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("rate", "guess", "best"),
+    # Seconds of a pass are 1 + k * guess, tokens 1 + a + … + a^k.
+    [(0.9, 0.05, 4), (0.85, 0.4, 4), (0.5, 0.3, 1), (0.5, 0.02, 4), (0.1, 0.3, 0), (0.0, 0.01, 0)],
+)
+def test_it_settles_on_the_most_tokens_a_second(rate: float, guess: float, best: int) -> None:
+    speeds = [expected_tokens([rate] * k) / (1 + guess * k) for k in range(5)]
+    chosen = play(Adaptive(4), rate, 1.0, guess)[300:]
+    # Where choices differ by less than 8 %, either will do.
+    good = {k for k in range(5) if speeds[k] > 0.92 * max(speeds)}
+    assert best in good
+    assert sum(k in good for k in chosen) > 0.9 * len(chosen)
+
+
+def test_what_looked_bad_is_tried_again() -> None:
+    adaptive = Adaptive(2)
+    assert set(play(adaptive, 0.0, 1.0, 0.5)[-RETRY:]) > {0}
+    assert adaptive.best(1) == 0
+    play(adaptive, 0.95, 1.0, 0.1, passes=2000)
+    assert adaptive.best(1) == 2
+
+
+def test_batches_have_costs_of_their_own() -> None:
+    adaptive = Adaptive(2)
+    play(adaptive, 0.8, 1.0, 0.05)
+    play(adaptive, 0.8, 1.0, 2.0, batch=64)
+    assert (adaptive.best(1), adaptive.best(64)) == (2, 0)
+
+
+def test_expected_tokens_is_the_papers() -> None:
+    assert expected_tokens([]) == 1
+    assert expected_tokens([0.8] * 3) == pytest.approx((1 - 0.8**4) / (1 - 0.8))
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 4), st.integers(1, 4))
+def test_prompt_lookup_repeats_what_followed(tokens: list[int], longest: int, k: int) -> None:
+    guess = look_up(tokens, longest, k)
+    assert len(guess) <= k
+    # The longest ending that stood there before, and its nearest place: by brute force.
+    for size in range(longest, 0, -1):
+        places = [
+            i for i in range(len(tokens) - size) if tokens[i : i + size] == tokens[-size:]
+        ] if size < len(tokens) else []  # fmt: skip
+        if places:
+            after = places[-1] + size
+            assert guess == tokens[after : after + k]
+            return
+    assert guess == []
