@@ -16,6 +16,7 @@ import typer
 from difyops import __version__, serve_command
 from difyops.bench.commands import app as bench_app
 from difyops.errors import EXIT_CANNOT_START, EXIT_FAILED, DifyopsError, UsageError
+from difyops.tune.commands import app as tune_app
 
 if TYPE_CHECKING:
     from difyops.core import Deployment
@@ -38,6 +39,7 @@ secrets_app = typer.Typer(
 )
 app.add_typer(secrets_app, name="secrets")
 app.add_typer(bench_app, name="bench")
+app.add_typer(tune_app, name="tune")
 app.command(epilog=serve_command.EPILOG)(serve_command.serve)
 
 #: Typer brings its own copy of click or uses the installed one: what it raises is found from here.
@@ -45,7 +47,7 @@ _ClickError: Any = typer.BadParameter.__mro__[2]
 
 INTERRUPTED = 128 + signal.SIGINT
 #: Commands that leave nothing half done behind: of these Ctrl-C is an ordinary end.
-_ENDED_BY_HAND = {"logs", "chat", "bench", "serve"}
+_ENDED_BY_HAND = {"logs", "chat", "bench", "serve", "tune"}
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Take every default; ask nothing.")]

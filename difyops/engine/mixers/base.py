@@ -38,6 +38,11 @@ class Mixer(nn.Module, ABC):
         """What a sequence keeps. Called once the parameters have their dtype."""
 
     @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Whole sequences of one length from an empty state, x [B, T, width], and no state kept:
+        what training runs. Differentiable, and without a wait for the device."""
+
+    @abstractmethod
     def prefill(self, x: Tensor, state: LayerState, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Many tokens of each sequence, packed: x [N, width]; those of slots[i] are
         x[cu_seqlens[i]:cu_seqlens[i + 1]] (cu_seqlens: [B + 1], int64). Carries the state."""
@@ -94,6 +99,19 @@ class RecurrentMixer(Mixer):
     @abstractmethod
     def emit(self, out: Tensor, x: Tensor) -> Tensor:
         """The layer's output from what was mixed and the layer's input: [..., width]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, count = x.shape[:2]
+        inputs = self.project(x, torch.arange(count, device=x.device).expand(batch, count))
+        empty = {
+            name: torch.full((batch, *spec.shape), spec.fill, dtype=spec.dtype, device=x.device)
+            for name, spec in self.state_spec().slot.items()
+        }
+        lengths = torch.full((batch,), count, device=x.device)
+        # Sums over a whole context keep their bits where the rest is trained in fewer.
+        with torch.autocast(x.device.type, enabled=False):
+            out = self.scan(inputs, empty, lengths)[0]
+        return self.emit(out, x)
 
     def prefill(self, x: Tensor, state: LayerState, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
         lengths = cu_seqlens.diff()

@@ -55,13 +55,20 @@ class Diag(HeadMixer):
             return rows.view(len(rows), blocks, block, *rows.shape[2:])
 
         q, k, v = laid_out("q"), laid_out("k", carry["k"]), laid_out("v", carry["v"])
-        qh, kh, vh = (t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))
-        mixed = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, enable_gqa=True)
-        out = mixed.transpose(1, 2).reshape(len(before), blocks * block, *mixed.shape[1::2])
+        out = _causal(q, k, v).flatten(1, 2)
         place = before[:, None] + torch.arange(count, device=before.device)
         last = (before + lengths - 1).clamp(min=0) // block
         row = torch.arange(len(before), device=before.device)
         return _pick(out, place), {"k": k[row, last], "v": v[row, last]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Every sequence begins with a block, so that the blocks are a mere reshape."""
+        batch, count = x.shape[:2]
+        inputs = self.project(x, torch.arange(count, device=x.device))
+        behind, blocks = -count % self.options.block, (batch, -1, self.options.block)
+        padded = (F.pad(inputs[name], (0, 0, 0, 0, 0, behind)) for name in "qkv")
+        q, k, v = (t.reshape(*blocks, *t.shape[2:]) for t in padded)
+        return self.emit(_causal(q, k, v).flatten(1, 2)[:, :count], x)
 
     def recur(self, inputs: Inputs, carry: Carry) -> tuple[Tensor, Carry]:
         at = inputs["at"][:, None]
@@ -81,6 +88,13 @@ class Diag(HeadMixer):
         qh, kh, vh = (t.transpose(0, 1) for t in (inputs["q"], k, v))
         out = F.scaled_dot_product_attention(qh, kh, vh, attn_mask=allowed)
         return self.emit(out.transpose(0, 1), x)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention within each block: q, k, v [B, blocks, block, H or Hkv, D] -> the same shape."""
+    qh, kh, vh = (t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2).reshape(*q.shape[:4], v.shape[-1])
 
 
 def _pick(x: Tensor, rows: Tensor) -> Tensor:

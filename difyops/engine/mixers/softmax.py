@@ -73,6 +73,12 @@ class Softmax(Mixer):
             }
         )
 
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, gate = self._project(x, torch.arange(x.shape[1], device=x.device))
+        qh, kh, vh = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, enable_gqa=True)
+        return self._emit(out.transpose(1, 2), gate)
+
     def prefill(self, x: Tensor, state: LayerState, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
         bounds = cu_seqlens.tolist()
         before = state.lengths[slots].tolist()

@@ -102,7 +102,9 @@ def log_scan(
         earlier = (qc + top[:, None, :, None] - largest).exp()  # [B, C, Hkv, G, M]
         shifted = (qc - largest)[:, :, None] + kc[:, None, :, :, None]  # [B, C, C, Hkv, G, M]
         future = torch.ones(shifted.shape[1:3], dtype=torch.bool, device=q.device).triu(1)
-        weights = shifted.exp().sum(-1).masked_fill(future[..., None, None], 0)
+        # Before the exponential: one that overflows has no gradient, not even times 0.
+        shifted = shifted.masked_fill(future[..., None, None, None], -torch.inf)
+        weights = shifted.exp().sum(-1)
         total = weights.sum(2) + torch.einsum("bthgm,bhm->bthg", earlier, norms)
         mixed = torch.einsum("btshg,bshv->bthgv", weights, vc)
         mixed = mixed + torch.einsum("bthgm,bhmv->bthgv", earlier, sums)

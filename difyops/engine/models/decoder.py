@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,15 @@ from difyops.engine.state import LayerState, StatePool, StateSpec, Track
 
 #: Where a model's state lies: the pool's main track, or the one of what drafts.
 States = StatePool | Track
-#: How one layer's mixer is run: (mixer, its normed input, its state) -> its output.
-Run = Callable[[Mixer, Tensor, LayerState], Tensor]
+#: How one layer's mixer is run: (mixer, its normed input, its state) -> its output. There is a
+#: state in every form but `whole`.
+Run = Callable[[Mixer, Tensor, Any], Tensor]
+
+
+def whole(mixer: Mixer, x: Tensor, state: None) -> Tensor:
+    """The run of whole sequences, x [B, T, width], that begin and end here."""
+    mixed: Tensor = mixer(x)
+    return mixed
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Block(nn.Module):
         self.mlp_norm = mlp_norm
         self.mlp = mlp
 
-    def forward(self, x: Tensor, run: Run, state: LayerState) -> Tensor:
+    def forward(self, x: Tensor, run: Run, state: LayerState | None) -> Tensor:
         x = x + run(self.mixer, self.mixer_norm(x), state)
         if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.mlp(self.mlp_norm(x))
@@ -87,24 +95,33 @@ class Decoder(nn.Module):
         """One per layer."""
         return [block.mixer.state_spec() for block in self.blocks]
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Whole sequences, [B, T] -> hidden states [B, T, width], without any state: what training
+        runs."""
+        return self._through(tokens, [None] * len(self.blocks), whole)
+
     def prefill(self, tokens: Tensor, pool: States, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Packed tokens [N] of the sequences in `slots` [B] -> hidden states [N, width]."""
         hidden = self._through(
-            tokens, pool, lambda mixer, x, state: mixer.prefill(x, state, slots, cu_seqlens)
+            tokens, pool.layers, lambda mixer, x, state: mixer.prefill(x, state, slots, cu_seqlens)
         )
         pool.advance(slots, cu_seqlens.diff())
         return hidden
 
     def step(self, tokens: Tensor, pool: States, slots: Tensor) -> Tensor:
         """One token each, [B] -> hidden states [B, width]."""
-        hidden = self._through(tokens, pool, lambda mixer, x, state: mixer.step(x, state, slots))
+        hidden = self._through(
+            tokens, pool.layers, lambda mixer, x, state: mixer.step(x, state, slots)
+        )
         # The null slot stays empty, however often it pads a batch.
         pool.advance(slots, (slots > 0).to(slots.dtype))
         return hidden
 
     def verify(self, tokens: Tensor, pool: States, slots: Tensor) -> Tensor:
         """K tokens each, [B, K] -> hidden states [B, K, width]; the state stays as it is."""
-        return self._through(tokens, pool, lambda mixer, x, state: mixer.verify(x, state, slots))
+        return self._through(
+            tokens, pool.layers, lambda mixer, x, state: mixer.verify(x, state, slots)
+        )
 
     def commit(self, pool: States, slots: Tensor, accepted: Tensor) -> None:
         """Keep the first `accepted` ([B], 0..K) tokens of the last verify."""
@@ -117,11 +134,11 @@ class Decoder(nn.Module):
         scores: Tensor = self.head(hidden)
         return scores
 
-    def _through(self, tokens: Tensor, pool: States, run: Run) -> Tensor:
+    def _through(self, tokens: Tensor, layers: Sequence[LayerState | None], run: Run) -> Tensor:
         x = self.embed(tokens)
         if self.wide_residual:
             x = x.to(wide(x.dtype))
-        for block, state in zip(self.blocks, pool.layers, strict=True):
+        for block, state in zip(self.blocks, layers, strict=True):
             x = block(x, run, state)
         hidden: Tensor = self.norm(x)
         return hidden

@@ -29,7 +29,7 @@ class MultiTokenPrediction(nn.Module):
         self.norm = norm()
 
     def forward(
-        self, embedded: Tensor, hidden: Tensor, run: Run, layers: Sequence[LayerState]
+        self, embedded: Tensor, hidden: Tensor, run: Run, layers: Sequence[LayerState | None]
     ) -> Tensor:
         """embedded, hidden: [..., width], of token p + 1 and of token p -> [..., width]."""
         both = (self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden))

@@ -92,15 +92,16 @@ def save(model: Decoder, config: Mapping[str, Any], folder: Path) -> None:
     if model.tied:
         del weights["head.weight"]
     folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(folder / "model.safetensors", weights)
+    write_weights(folder / "model.safetensors", weights, {"format": "pt"})
     dtype = str(model.dtype).removeprefix("torch.")
     write_atomic(folder / "config.json", json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
 
 
-def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         temporary = Path(scratch, path.name)
-        save_file(dict(weights), temporary, metadata={"format": "pt"})
+        save_file(dict(weights), temporary, metadata=dict(metadata))
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -1,0 +1,1 @@
+"""Training the small models that difyops measures and tests with."""
