@@ -50,11 +50,8 @@ def test_a_cache_that_loses_some_state_is_found(
     monkeypatch.setattr(StatePool, "restore", restore)
     found = compared(server)
     assert found.difference is not None
-    # Which way shows it first depends on what the story of this run makes of half a state.
-    assert found.difference.ways in (
-        ("cold", "warm"),
-        ("a second turn on the first's history", "the second turn, nothing cached"),
-    )
+    # Every way but the first one resumes a state: which shows it depends on the story of the run.
+    assert found.difference.ways[1] != "cold"
     assert found.difference.gap is not None
     assert not found.difference.near_tie
 
