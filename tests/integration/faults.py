@@ -78,8 +78,11 @@ class ModelStandIn(Quiet):
         self.answer(json.dumps({"object": "list", "data": [{"id": "stand-in"}]}).encode())
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        event = json.dumps({"choices": [{"delta": {"content": "hello"}}]})
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        said = {"content": "hello"}
+        if not asked.get("stream"):
+            return self.answer(json.dumps({"choices": [{"message": said}]}).encode())
+        event = json.dumps({"choices": [{"delta": said}]})
         self.answer(f"data: {event}\n\ndata: [DONE]\n\n".encode(), "text/event-stream")
 
 
