@@ -282,12 +282,12 @@ def test_a_small_load(url: str) -> None:
 
 
 def test_a_load_that_is_refused() -> None:
-    # Without ignore_eos it is tried once more; then the reason is told.
+    # Asked for its shortest prompt without ignore_eos, too, and in the warm-up; then it is told.
     with faulty(refuse(400, "ignore_eos: no"), refuse(429, "full")) as server:
         done = run("bench", "serve", "--url", server.url, "--streams", "1")
     assert done.returncode == 1
     assert "is busy (429: full)" in done.stderr
-    assert [("ignore_eos" in body) for body in server.asked] == [True, False]
+    assert [("ignore_eos" in body) for body in server.asked] == [True, False, False]
 
 
 def test_a_server_that_does_not_count() -> None:
@@ -301,7 +301,7 @@ def test_a_server_that_does_not_count() -> None:
     ("arguments", "said"),
     [([], "nothing to measure"),
      (["--url", "http://127.0.0.1:1/v1", "--peer", "llamacpp"], "peers need the model"),
-     (["nope", "--peer", "llamacpp"], "no model called 'nope'"),
+     (["nope", "--peer", "llamacpp"], "no model 'nope'"),
      (["--url", "http://127.0.0.1:1/v1", "--streams", "0"], "--streams"),
      (["--url", "http://127.0.0.1:1/v1", "--streams", "1,x"], "--streams")],
 )  # fmt: skip
