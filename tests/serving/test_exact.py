@@ -69,15 +69,15 @@ def test_one_answer_that_differs_is_found(place: int) -> None:
     assert not found.difference.near_tie
     assert (found.difference.at, found.difference.gap) == (9, pytest.approx(2.0))
     said = str(found.difference)
-    assert "'whale'" in said and "'shark'" in said and "2, a near-tie is below 0.05" in said
+    assert "'whale'" in said and "'shark'" in said and "2, a near-tie is below 0.5" in said
 
 
 @pytest.mark.parametrize(
     ("scored", "status", "evidence"),
     [
         (answer("he saw a whale", 2.0), "fail", "warm 'shark'"),
-        (answer("he saw a shark", 0.3), "fail", "changes tokens"),
-        (answer("he saw a whale", 0.04), "ok", "a near-tie, no fault: after 9 equal characters"),
+        (answer("he saw a shark", 0.6), "fail", "changes tokens"),
+        (answer("he saw a whale", 0.3), "ok", "a near-tie, no fault: after 9 equal characters"),
         (answer("he saw a whale"), "warn", "gives no logprobs"),
         (answer("a third thing is said", 0.01), "warn", "gives no logprobs there"),
         (refuse(400, "logprobs is not supported"), "warn", "gives no logprobs"),
