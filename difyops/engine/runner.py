@@ -19,8 +19,8 @@ from difyops.engine.prefix import PrefixCache, Usage
 from difyops.engine.request import EngineStopped, FinishReason, Output, Request, TokenLogprob
 from difyops.engine.scheduler import Batch, Limits, Scheduler, Span
 from difyops.engine.slots import IntegrityError
-from difyops.engine.speculate import Drafter, Read, packed, windows
-from difyops.engine.state import Snapshot, StatePool
+from difyops.engine.speculate import Drafter, Read, packed, state_specs, windows
+from difyops.engine.state import Snapshot, StatePool, StateSpec
 
 log = logging.getLogger("difyops.engine")
 
@@ -169,6 +169,10 @@ class Engine:
     def most_at_once(self) -> int:
         """Requests that an idle engine takes at a time."""
         return self.pool.table.slots + self._scheduler.limits.max_waiting
+
+    def state_specs(self) -> list[StateSpec]:
+        """What a sequence keeps, as declared before anything was allocated."""
+        return state_specs(self.model, self.drafter)
 
     def cancel(self, request: Request) -> None:
         """Its client has left: the slot is free at the next step."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from difyops.engine.models.decoder import Decoder
 from difyops.engine.request import Request
 from difyops.engine.state import StatePool, StateSpec
 
@@ -56,6 +57,11 @@ class Drafter(ABC):
 
         A place that it has no guess for holds -1. The pool is left as it was.
         """
+
+
+def state_specs(model: Decoder, drafter: Drafter | None) -> list[StateSpec]:
+    """All that a sequence keeps: the model's layers, and those of what drafts for it."""
+    return [*model.state_specs(), *(drafter.state_specs() if drafter is not None else ())]
 
 
 class PromptLookup(Drafter):
