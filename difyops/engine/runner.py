@@ -113,7 +113,7 @@ class Engine:
         window = 1 + most
         self.pool = StatePool(
             model.state_specs(),
-            drafting=drafter.state_specs() if drafter is not None else (),
+            drafting=drafter.tracks() if drafter is not None else (),
             slots=slots,
             context=context,
             window=window,

@@ -43,8 +43,8 @@ class Drafter(ABC):
     #: Most tokens of one guess.
     most: int
 
-    def state_specs(self) -> list[StateSpec]:
-        """What it keeps for each sequence, in the pool's drafting track."""
+    def tracks(self) -> list[list[StateSpec]]:
+        """What it keeps for each sequence: the layers of each of the pool's drafting tracks."""
         return []
 
     def read(self, read: Read, pool: StatePool) -> None:
@@ -61,7 +61,8 @@ class Drafter(ABC):
 
 def state_specs(model: Decoder, drafter: Drafter | None) -> list[StateSpec]:
     """All that a sequence keeps: the model's layers, and those of what drafts for it."""
-    return [*model.state_specs(), *(drafter.state_specs() if drafter is not None else ())]
+    tracks = drafter.tracks() if drafter is not None else []
+    return [*model.state_specs(), *(spec for track in tracks for spec in track)]
 
 
 class PromptLookup(Drafter):
