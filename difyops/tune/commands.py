@@ -69,7 +69,7 @@ def pretrain(
     length: Annotated[int, typer.Option(min=2, help="Tokens of one sequence.")] = 1024,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of one step.")] = 96,
     rate: Annotated[float, typer.Option(min=0, help="The highest learning rate.")] = 3e-3,
-    mtp_weight: Annotated[float, typer.Option(min=0, help="Of the second token's loss.")] = 0.3,
+    mtp_weight: Annotated[float, typer.Option(min=0, help="Of the MTP modules' loss.")] = 0.3,
     seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Stop then; the same command goes on later.")
