@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
+import jsonschema
 import numpy as np
 
 from difyops.engine.grammar import GrammarConstraint, Grammars
@@ -51,6 +53,13 @@ def taken(constraint: GrammarConstraint, tokens: list[int]) -> bool:
             return False
     constraint.rollback(len(tokens))
     return True
+
+
+def validates(text: str | None, schema: Any) -> bool:
+    if text is None:
+        return False
+    cls = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    return bool(cls(schema, format_checker=cls.FORMAT_CHECKER).is_valid(json.loads(text)))
 
 
 def walk_back_and_forth(
