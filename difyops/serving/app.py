@@ -55,9 +55,6 @@ class Models:
         if self.llama is not None:
             await self.llama.stop()
 
-    def ids(self) -> list[str]:
-        return [m.id for m in (self.config.llm, self.config.embedding) if m is not None]
-
     def describe(self) -> list[dict[str, Any]]:
         """Entries of `/v1/models`; lengths in tokens, as the engines report them."""
         entries = []
@@ -71,7 +68,6 @@ class Models:
 
 def create_app(models: Models) -> Starlette:
     """The application over `models`, which may still be loading."""
-    key = models.config.api_key
     app = application(
         [
             Route("/health", health, methods=["GET"]),
@@ -80,7 +76,7 @@ def create_app(models: Models) -> Starlette:
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/embeddings", embed, methods=["POST"]),
         ],
-        key.get_secret_value() if key is not None else None,
+        models.config.key,
     )
     app.state.models = models
     return app
@@ -90,7 +86,7 @@ async def health(request: Request) -> Response:
     models = _models(request)
     if not models.ready:
         return JSONResponse({"status": "loading"}, 503, headers={"Retry-After": "1"})
-    return JSONResponse({"status": "ok", "models": models.ids()})
+    return JSONResponse({"status": "ok", "models": models.config.ids()})
 
 
 async def list_models(request: Request) -> Response:
@@ -103,7 +99,7 @@ async def show_model(request: Request) -> Response:
     for entry in models.describe():
         if entry["id"] == name:
             return JSONResponse(entry)
-    raise errors.unknown_model(name, models.ids())
+    raise errors.unknown_model(name, models.config.ids())
 
 
 async def chat(request: Request) -> Response:
@@ -113,7 +109,7 @@ async def chat(request: Request) -> Response:
     name = model_name(fields)
     llm, llama = models.config.llm, models.llama
     if llm is None or llama is None or name != llm.id:
-        raise errors.wrong_model(name, models.ids(), "chat", "embeddings")
+        raise errors.wrong_model(name, models.config.ids(), "chat", "embeddings")
     check_chat(fields, tools=llm.tools)
     # The client's own bytes go on: nothing that it said is lost in a second encoding.
     return Relay(llama.client, "/v1/chat/completions", body, explain_llama(name), models.stopping)
@@ -126,7 +122,7 @@ async def embed(request: Request) -> Response:
     name = model_name(fields)
     embedder = models.embedder
     if models.config.embedding is None or embedder is None or name != models.config.embedding.id:
-        raise errors.wrong_model(name, models.ids(), "embeddings", "chat/completions")
+        raise errors.wrong_model(name, models.config.ids(), "embeddings", "chat/completions")
     return await answer_embedding(request, fields, embedder, models.stopping)
 
 
