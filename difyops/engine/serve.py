@@ -165,18 +165,12 @@ async def _keep(service: Service, server: _Server, port: int) -> int:
 
 def load(service: Service) -> None:
     """Load and warm what the configuration names; blocking. Raises DifyopsError."""
-    config = service.config
-    if (embedding := config.embedding) is not None:
-        from difyops.serving.embedder import Embedder
-
-        service.embedder = Embedder.load(
-            embedding.model, embedding.tokenizer, embedding.max_tokens, embedding.threads
-        )
-    if config.llm is not None:
-        log.info("loading %s", _called(config.llm))
+    service.load_embedder()
+    if (llm := service.config.llm) is not None:
+        log.info("loading %s", _called(llm))
         from difyops.engine.opening import open_llm  # torch takes seconds
 
-        service.llm = open_llm(config.llm)
+        service.llm = open_llm(llm)
         service.metrics.watch(service.llm.engine)
 
 
