@@ -118,14 +118,9 @@ async def _serve(config: EngineConfig, listener: socket.socket) -> int:
     server = _Server(service)
     port = listener.getsockname()[1]
     log.info("listening on http://%s:%d", config.host, port)
-    keeper = asyncio.create_task(_keep(service, server, port))
     try:
-        await server.serve(sockets=[listener])
-        # The keeper has an exit code only if it was the one that ended the service.
-        return keeper.result() if keeper.done() else 0
+        return await process.run(server, listener, _keep(service, server, port))
     finally:
-        keeper.cancel()
-        await asyncio.wait((keeper,))
         if service.llm is not None:
             await asyncio.to_thread(service.llm.engine.stop)
         log.info("stopped")
