@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import ipaddress
 import logging
 import os
 import socket
@@ -27,6 +26,7 @@ from difyops.errors import (
     DifyopsError,
     UsageError,
 )
+from difyops.loopback import is_loopback
 from difyops.serving import process
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def serve(config: EngineConfig) -> int:
     if config.embedding is not None:
         needed += ["onnxruntime", "tokenizers"]
     process.require(needed, "engine")
-    if config.key is None and not _is_loopback(config.host):
+    if config.key is None and not is_loopback(config.host):
         log.warning("%s without an API key: whoever reaches it may use it", config.host)
     if config.llm is not None:
         check(config.llm)
@@ -77,13 +77,6 @@ def check(config: LlmConfig) -> None:
     elif not sources.is_download(config.model):
         path = sources.resolve(config.model, config.cache or sources.default_cache(), log.info)
         headers.look(path, config.id, config.context)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class _Server(process.Server):
