@@ -287,22 +287,33 @@ def wire(context: typer.Context, json: Json = False) -> None:
         report.wired(wired)
 
 
-@app.command(epilog="Examples: difyops doctor --only pg | difyops doctor --json")
+@app.command(epilog="Examples: difyops doctor --only pg | difyops doctor --json | "
+             "difyops doctor --url http://10.0.0.5:8000/v1")  # fmt: skip
 def doctor(
     context: typer.Context,
     only: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="A check or topic; may be repeated.")
     ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Check this OpenAI-compatible server (…/v1) instead of a deployment: that it "
+            "answers, and the same whichever way. Its key as for `difyops chat`."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With --url; without it: its first.")] = None,
     json: Json = False,
 ) -> None:
     """Check everything; each finding comes with the fix. Exit 1 if something failed."""
-    from difyops import checks
+    from difyops import checks, deployment
     from difyops import doctor as doctoring
 
-    deployment = _load(context)
+    if model and not url:
+        raise UsageError("--model is for a server that --url names", "--url http://HOST:PORT/v1")
+    known = deployment.of_server(url, model) if url else _load(context)
+    names = only or (checks.OF_A_SERVER if url else None)
     every = checks.ALL
-    found = doctoring.run(deployment, doctoring.select(every, only) if only else every)
-    _finish(found, json)
+    _finish(doctoring.run(known, doctoring.select(every, names) if names else every), json)
 
 
 def _finish(found: Report, json: bool) -> None:

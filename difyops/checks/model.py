@@ -42,7 +42,7 @@ def up(deployment: Deployment) -> Finding:
         return ok(model.ready_elsewhere(deployment))
     except NotReady as reason:
         if deployment.settings.model.backend == "external":
-            return fail(str(reason), f"curl -sS {model.llm_url(deployment)}/models; then: {UP}")
+            return fail(str(reason), f"curl -sS {model.llm_url(deployment)}/models")
         if said := logs.last_error(tail(deployment.paths.logs / "model.log", 200)):
             return fail(f"it ended: {said}", f"{_mend(deployment)}; then: {UP}")
         return fail(str(reason), f"{UP}; if it ends again: difyops logs model")
