@@ -10,7 +10,7 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[source,demo,engine,test,dev]' && touch $@
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[source,demo,engine,plot,test,dev]' && touch $@
 
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -1,6 +1,7 @@
 """The models difyops knows by name: where their files come from and what the files can do.
 
-The entries are data, in catalog.yaml; adding a model touches that file only.
+The entries are data, in catalog.yaml; adding a model touches that file only. One more comes with
+difyops itself, for its own engine.
 """
 
 from __future__ import annotations
@@ -8,13 +9,19 @@ from __future__ import annotations
 import difflib
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from difyops.errors import UsageError
+from difyops.text import bundled
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+#: Small enough to travel with difyops: name -> folder below models/. Only our own engine reads it.
+_BUNDLED = {"tiny": "tiny-hybrid"}
 
 
 class _Data(BaseModel):
@@ -84,6 +91,16 @@ def load() -> Catalog:
 def names(kind: Literal["llm", "embedding"] | None = None) -> list[str]:
     """The known model names, sorted; of one kind when `kind` is given."""
     return sorted(n for n, model in load().models.items() if kind in (None, model.kind))
+
+
+def bundled_names() -> list[str]:
+    """The chat models that come with difyops, for `native`."""
+    return sorted(_BUNDLED)
+
+
+def bundled_folder(name: str) -> Path | None:
+    """The directory of such a model; None for every other name."""
+    return bundled("models") / _BUNDLED[name] if name in _BUNDLED else None
 
 
 def get(name: str, kind: Literal["llm", "embedding"] | None = None) -> Llm | Embedding:

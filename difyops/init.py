@@ -99,6 +99,8 @@ def _check_chat_model(name: str, backend: str) -> None:
     try:
         catalog.get_llm(name)
     except UsageError as error:
+        if name in catalog.bundled_names():
+            raise UsageError(f"{name} is served by our own engine", "--backend native") from None
         if backend != "native":
             raise
         own = "one of your own: --model-source SOURCE (model.source in difyops.yaml)"

@@ -15,7 +15,7 @@ from difyops.errors import UsageError
 log = logging.getLogger("difyops.engine")
 
 EPILOG = (
-    "Examples: difyops serve smollm2-135m | difyops serve ~/models/qwen3.5-0.8b --context 32768 | "
+    "Examples: difyops serve tiny | difyops serve ~/models/qwen3.5-0.8b --context 32768 | "
     "difyops serve hf:Qwen/Qwen3.5-0.8B --port 8000 --embedding minilm-l6"
 )
 

@@ -10,7 +10,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from difyops import strict_yaml
+from difyops import catalog, strict_yaml
 from difyops.errors import UsageError
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -113,7 +113,8 @@ class Model(_Section):
     )
     name: str = Field(
         "smollm2-135m",
-        description="A catalog name; for `external` its model id; with `source` what to call it.",
+        description="A catalog name, for `native` also `tiny`; for `external` its model id; with "
+        "`source` what to call it.",
     )
     source: str | None = Field(
         None,
@@ -132,6 +133,15 @@ class Model(_Section):
     url: str | None = Field(None, description="For `external`: the base URL, ending in /v1.")
 
     _url = field_validator("url")(lambda v: v if v is None else _http_url(v))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bundled_is_its_own_source(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("backend") == "native":
+            name = given.get("name")
+            if name in catalog.bundled_names() and given.get("source") is None:
+                return {**given, "source": name}
+        return given
 
     @model_validator(mode="after")
     def _keys_fit_the_backend(self) -> Model:

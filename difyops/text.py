@@ -8,7 +8,7 @@ from typing import Any
 
 
 def bundled(name: str) -> Path:
-    """`templates` or `compose`: in the wheel below _bundled/, in a checkout at its top."""
+    """`templates`, `compose`, `models`: below _bundled/ in the wheel, at the top of a checkout."""
     here = Path(__file__).resolve().parent
     inside = here / "_bundled" / name
     return inside if inside.is_dir() else here.parent / name

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from difyops.errors import EXIT_FAILED, UsageError
 from difyops.serve_command import Dtype
+
+if TYPE_CHECKING:
+    from difyops.bench import serve as of_servers
+    from difyops.bench import spec as of_speculation
+
+Found = TypeVar("Found", "of_servers.Comparison", "of_speculation.Found")
 
 app = typer.Typer(
     help="Measure, beside others, on this machine.", no_args_is_help=True, rich_markup_mode=None
@@ -58,15 +65,9 @@ def serve(
         model, tuple(dict.fromkeys(url or ())), tuple(dict.fromkeys(peer or ())), _numbers(streams),
         tokens, prompt_tokens, threads or default_threads(),
     )  # fmt: skip
-    progress = report.Lines()
-    try:
+    with report.Lines() as progress:
         found = serving.run(wanted, progress)
-    finally:
-        progress.close()
-    if json:
-        report.emit_json(found.as_json())
-    else:
-        report.benchmark(found)
+    _emit(found, report.benchmark, json)
     if not found.complete:
         raise typer.Exit(EXIT_FAILED)
 
@@ -111,19 +112,22 @@ def spec(
         model, _numbers(streams), tokens, turns, threads or default_threads(),
         _lines(prompts) if prompts else speculating.PROMPTS, draft, device, dtype.value,
     )  # fmt: skip
-    progress = report.Lines()
-    try:
+    with report.Lines() as progress:
         found = speculating.run(wanted, progress)
-    finally:
-        progress.close()
-    if json:
-        report.emit_json(found.as_json())
-    else:
-        report.speculation(found)
+    _emit(found, report.speculation, json)
     if plot is not None:
         picture.draw(found, plot)
     if not found.exact:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _emit(found: Found, table: Callable[[Found], None], json: bool) -> None:
+    from difyops import report
+
+    if json:
+        report.emit_json(found.as_json())
+    else:
+        table(found)
 
 
 def _lines(path: Path) -> list[str]:

@@ -61,7 +61,6 @@ class PrefixCache(Generic[K]):
     def find(self, tokens: Sequence[int], salt: str = "") -> K | None:
         """The longest snapshot of a beginning of `tokens` that was kept with this `salt`; never of
         all of them, because the last token's scores have yet to be computed."""
-        self.usage.looked_up += len(tokens)
         most = len(tokens) - 1
         for count, chained in reversed(list(_chain(tokens, self.block, salt))):
             for tail in sorted(self._tails.get(chained, ()), reverse=True):
@@ -69,7 +68,6 @@ class PrefixCache(Generic[K]):
                 place = (chained, tuple(tokens[count:end]))
                 if end <= most and place in self._entries:
                     self._entries.move_to_end(place)
-                    self.usage.reused += end
                     return self._entries[place][0]
         return None
 

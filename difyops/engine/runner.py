@@ -132,6 +132,7 @@ class Engine:
                 window,
                 block=self.cache.block if self.cache is not None else 0,
             ),
+            self._kept,
             self._resume,
             self._reclaim,
         )
@@ -383,10 +384,17 @@ class Engine:
         if self._adaptive is not None:
             self._adaptive.came_true(hits, min(judged, len(guessed)))
 
+    def _kept(self, request: Request) -> tuple[int, int]:
+        """Tokens, and pages to share, of the longest kept beginning. The turn is held."""
+        found = self.cache.find(request.tokens, request.salt) if self.cache is not None else None
+        return (found.length, self.pool.table.shared(found.lease)) if found is not None else (0, 0)
+
     def _resume(self, request: Request) -> int:
         """Put the longest kept beginning of the request into its new slot. The turn is held."""
         if self.cache is None or request.slot is None:
             return 0
+        usage = self.cache.usage
+        usage.looked_up += len(request.tokens)
         found = self.cache.find(request.tokens, request.salt)
         if found is None:
             return 0
@@ -394,6 +402,7 @@ class Engine:
             self.pool.restore(request.slot, found)
         except MemoryError:
             return 0
+        usage.reused += found.length
         request.reused = max(request.reused, min(found.length, len(request.prompt)))
         return found.length
 

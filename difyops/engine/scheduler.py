@@ -63,13 +63,17 @@ class Scheduler:
         self,
         table: SlotTable,
         limits: Limits,
+        kept: Callable[[Request], tuple[int, int]] = lambda request: (0, 0),
         resume: Callable[[Request], int] = lambda request: 0,
         reclaim: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`resume` may put a kept state into a new request's slot, and says how many tokens it
-        holds. `reclaim` gives back pages that nobody runs on; False when there are none."""
+        """`kept` says how many tokens a kept state would give a new request, and how many pages
+        of it would be shared. `resume` may put that state into its slot, and says how many tokens
+        that gave. `reclaim` gives back pages that nobody runs on, those that `kept` named last;
+        False when there are none."""
         self.table = table
         self.limits = limits
+        self._kept = kept
         self._resume = resume
         self._reclaim = reclaim
         self.waiting: deque[Request] = deque()
@@ -142,11 +146,7 @@ class Scheduler:
         return (*self.running, *self.waiting)
 
     def _admit(self) -> None:
-        while self.waiting and self.table.free_slots:
-            # A request begins when what it reads first fits beside what runs already.
-            first = min(self.waiting[0].pending, self.limits.prefill_tokens)
-            if not self._has_free(self.table.needed(first + self.limits.window)):
-                break
+        while self.waiting and self.table.free_slots and self._fits(self.waiting[0]):
             request = self.waiting.popleft()
             request.slot = self.table.acquire()
             request.computed = self._resume(request)
@@ -165,11 +165,16 @@ class Scheduler:
             self._preempt(youngest)
         return True
 
-    def _has_free(self, pages: int) -> bool:
-        while pages > self.table.free_pages:
+    def _fits(self, request: Request) -> bool:
+        """Whether what a request reads first has room beside what runs already."""
+        while True:
+            tokens, shared = self._kept(request)
+            first = min(request.pending - tokens, self.limits.prefill_tokens)
+            pages = self.table.needed(tokens + first + self.limits.window) - shared
+            if pages <= self.table.free_pages:
+                return True
             if not self._reclaim():
                 return False
-        return True
 
     def _preempt(self, request: Request) -> None:
         """Back to the head of the queue; what was generated is read again as part of the prompt."""

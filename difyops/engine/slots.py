@@ -102,6 +102,10 @@ class SlotTable:
         for page in lease.pages:
             self._drop(page)
 
+    def shared(self, lease: Lease) -> int:
+        """How many of its pages whoever adopts it shares; the others are copied."""
+        return min(lease.settled // self.page_size, len(lease.pages))
+
     def adopt(self, slot: int, lease: Lease) -> list[tuple[int, int]]:
         """Make the lease's tokens those of `slot`, in place of its own.
 
@@ -109,7 +113,7 @@ class SlotTable:
         anew: the answer is (from, to) of each, to be copied. Raises MemoryError without free pages
         for them; the slot is then unchanged.
         """
-        full = min(lease.settled // self.page_size, len(lease.pages))
+        full = self.shared(lease)
         shared, written = lease.pages[:full], lease.pages[full:]
         if len(written) > len(self._free_pages):
             raise MemoryError("no free page")

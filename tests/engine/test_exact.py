@@ -176,6 +176,23 @@ def test_a_conversation_is_gone_on_with(kind: tuple[Decoder, Said]) -> None:
     ended(engine)
 
 
+@pytest.mark.parametrize("drafter", [None, "ngram"])
+def test_a_conversation_as_long_as_the_pool_is_gone_on_with(drafter: str | None) -> None:
+    """What is kept of it takes no room from it: the pages are shared."""
+    model = made("hybrid")
+    engine = running(
+        model, PromptLookup() if drafter else None, slots=1, prefix_bytes=10**9, prefill_tokens=512
+    )
+    history = list(range(40))
+    for _ in range(4):
+        (request,) = asked([history], 15)
+        (got,) = answers(engine, [request])
+        assert request.reused == (len(history) - 31 if len(history) > 40 else 0)
+        history += [*got, *range(30)]
+    assert len(history) > 0.85 * CONTEXT
+    ended(engine)
+
+
 MTP = [{"mixer": "softmax", **tiny.LAYERS["softmax"]}]
 RECURRENT_MTP = [{"mixer": "gated_delta", **tiny.LAYERS["gated_delta"]}]
 

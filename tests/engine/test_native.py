@@ -25,11 +25,6 @@ from tests.engine.gates import error
 EXACT = 1e-10
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def reference(model: Decoder, tokens: Tensor) -> Tensor:
     """The hidden states of one whole sequence, by the mixers' references."""
     x = model.embed(tokens)

@@ -130,6 +130,24 @@ def test_a_server_with_an_embedding_and_a_key(
     assert "WARNING" not in server.log
 
 
+def test_the_model_that_comes_along(serve: Callable[..., Serve]) -> None:
+    """`difyops serve tiny`, with all defaults: it writes, and some of its guesses come true."""
+    server = serve("tiny")
+    with httpx.Client(base_url=server.url(), timeout=30) as http:
+        (chat,) = http.get("/v1/models").json()["data"]
+        assert (chat["id"], chat["context_length"]) == ("tiny", 1024)
+        asked = {"model": "tiny", "prompt": "To install the package, you", "max_tokens": 60,
+                 "temperature": 0, "ignore_eos": True}  # fmt: skip
+        answer = http.post("/v1/completions", json=asked).json()
+        assert answer["usage"]["completion_tokens"] == 60
+        assert len(answer["choices"][0]["text"].split()) > 15
+        assert re.search(
+            r'speculation_accepted_tokens_total\{place="1"\} [1-9]', http.get("/metrics").text
+        )
+    server.process.send_signal(signal.SIGINT)
+    assert server.wait(10) == 0, server.log
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

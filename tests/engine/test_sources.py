@@ -295,6 +295,17 @@ def test_the_catalog(smol: Path) -> None:
     assert hashlib.sha256(path.read_bytes()).hexdigest().startswith("b179c952")
 
 
+def test_the_model_that_comes_along(tmp_path: Path) -> None:
+    path = resolve("tiny", tmp_path)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        p.name for p in path.iterdir()
+    }
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="'tinny'") as caught:
+        resolve("tinny", tmp_path)
+    assert (caught.value.hint or "").startswith("did you mean tiny?")
+
+
 def test_a_wrong_name_gets_the_near_one_and_all_forms(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'smollm-135'") as caught:
         resolve("smollm-135", tmp_path)

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import yaml
 
+from difyops import modelsource
 from difyops.backends import probe
 from difyops.services import model
 from tests.engine import tiny
@@ -23,10 +24,10 @@ HERMES = tiny.CHAT_TEMPLATE.replace("Tools:", "Call by <tool_call>...</tool_call
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
-    """Up, with SmolLM2 of the catalog on the native engine."""
+    """Up, with the model that comes along on the native engine."""
     folder = Path(tempfile.mkdtemp(prefix="difyops-native-"))
     folder.chmod(0o755)
-    cli = make(folder / "d", {"model": {"backend": "native"}})
+    cli = make(folder / "d", {"model": {"backend": "native", "name": "tiny"}})
     try:
         up = cli("up", "--source")
         assert up.returncode == 0, up.stderr
@@ -74,7 +75,7 @@ def test_it_runs_answers_and_is_healthy(native: Cli) -> None:
     assert json.loads(asked.stdout)["answer"].strip()
     url, key = model.llm_url(deployment), model.llm_key(deployment)
     chat, embedding = probe.describe(url, key)
-    assert (chat.id, chat.context, chat.tools) == ("smollm2-135m", 4096, False)
+    assert (chat.id, chat.context, chat.tools) == ("tiny", 1024, False)
     assert len(probe.embed_once(url, embedding.id, key)) == embedding.dimensions == 384
     again = native("up", "--source")
     assert again.returncode == 0, again.stderr
@@ -86,20 +87,20 @@ def test_a_model_of_ones_own(native: Cli, edit: Callable[..., None]) -> None:
     before = states(native)
     folder = checkpoint(native.root / "mine/tiny")
     (folder / "chat_template.jinja").write_text(HERMES)
-    edit(source="mine/tiny", name="tiny")
+    edit(source="mine/tiny", name="small")
     up = native("up", "--source")
     assert up.returncode == 0, up.stderr
-    assert "tiny from mine/tiny, header read; minilm-l6" in up.stderr
+    assert "small from mine/tiny, header read; minilm-l6" in up.stderr
     after = states(native)
     assert [n for n in after if after[n].pid != before[n].pid] == ["model"]
     deployment = load(native.root)
     url, key = model.llm_url(deployment), model.llm_key(deployment)
     chat = probe.describe(url, key)[0]
-    assert (chat.id, chat.context, chat.tools) == ("tiny", 512, True)
-    assert probe.chat_once(url, "tiny", key, max_tokens=5)
-    assert probe.calls_tool(url, "tiny", key)
+    assert (chat.id, chat.context, chat.tools) == ("small", 512, True)
+    assert probe.chat_once(url, "small", key, max_tokens=5)
+    assert probe.calls_tool(url, "small", key)
 
-    [weights] = (native.root / "opt/models/smollm2-135m").glob("*.gguf")
+    weights = modelsource.fetch_model("smollm2-135m", native.root / "mine")["weights"]
     (native.root / "mine/smol.gguf").symlink_to(weights)
     edit(source=str(native.root / "mine/smol.gguf"), name="smol")
     up = native("up", "--source")

@@ -104,6 +104,15 @@ def test_the_backend_is_for_a_model_here(tmp_path: Path) -> None:
         init.answers(**nothing, model_url="http://h/v1", backend="native")  # type: ignore[arg-type]
 
 
+def test_the_model_that_comes_along_is_for_our_engine(tmp_path: Path) -> None:
+    model = {"backend": "native", "name": "tiny"}
+    init.run(tmp_path / "d", {"model": model}, dict)
+    assert settings.load(tmp_path / "d/difyops.yaml").model.source == "tiny"
+    with pytest.raises(UsageError, match="tiny is served by our own engine") as caught:
+        init.run(tmp_path / "e", {"model": {"name": "tiny"}}, dict)
+    assert caught.value.hint == "--backend native"
+
+
 def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.gguf").touch()
