@@ -2,7 +2,8 @@
 {free, JSON schema}, greedily and in float64, against an engine with none of it.
 
 1,080 prompts are asked, half of them with a schema: 20 for each mixer and way of guessing. Ten of
-these are asked cold and warm; the other ten go on from the answers to them.
+these are asked cold and warm; the other ten go on from the answers to them. Two models with several
+MTP modules come on top.
 """
 
 from __future__ import annotations
@@ -49,14 +50,15 @@ def test_a_thousand_prompts_are_compared() -> None:
     assert len(KINDS) * len(GUESSING) * PROMPTS >= 1000
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[*KINDS, "gated_delta 2", "hybrid 3"])
 def kind(request: pytest.FixtureRequest) -> Iterator[tuple[str, Engine]]:
-    """An engine that neither guesses nor keeps; its model has MTP of the same mixer."""
-    name = "softmax" if request.param == "hybrid" else request.param
+    """An engine that neither guesses nor keeps; its model has MTP of the same mixer: one module, or
+    as many as the name says."""
+    pattern, _, count = request.param.partition(" ")
+    name = "softmax" if pattern == "hybrid" else pattern
     mtp = [{"mixer": name, **tiny.LAYERS[name]}]
-    engine = running(
-        made(request.param, vocabulary=SIZE, mtp=mtp), slots=PROMPTS // 2, prefill_tokens=400
-    )
+    model = made(pattern, vocabulary=SIZE, mtp=mtp, mtp_modules=int(count or 1))
+    engine = running(model, slots=PROMPTS // 2, prefill_tokens=400)
     yield request.param, engine
     ended(engine)
 
