@@ -297,23 +297,30 @@ def doctor(
     url: Annotated[
         str | None,
         typer.Option(
-            help="Check this OpenAI-compatible server (…/v1) instead of a deployment: that it "
-            "answers, and the same whichever way. Its key as for `difyops chat`."
+            help="Instead of a deployment, ask this OpenAI-compatible server (…/v1) whether it "
+            "answers the same whichever way. Its key, if it wants one, is taken from "
+            "DIFYOPS_MODEL_API_KEY, on this machine else from DIFYOPS_API_KEY."
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="With --url; without it: its first.")] = None,
     json: Json = False,
 ) -> None:
     """Check everything; each finding comes with the fix. Exit 1 if something failed."""
-    from difyops import checks, deployment
+    from difyops import checks, report
     from difyops import doctor as doctoring
 
-    if model and not url:
+    if url is not None:
+        if only:
+            raise UsageError("--only is for the checks of a deployment, not for --url")
+        with report.Lines() as progress:
+            found = checks.of_server(url, model, progress)
+    elif model is not None:
         raise UsageError("--model is for a server that --url names", "--url http://HOST:PORT/v1")
-    known = deployment.of_server(url, model) if url else _load(context)
-    names = only or (checks.OF_A_SERVER if url else None)
-    every = checks.ALL
-    _finish(doctoring.run(known, doctoring.select(every, names) if names else every), json)
+    else:
+        every = checks.ALL
+        known = _load(context)
+        found = doctoring.run(known, doctoring.select(every, only) if only else every)
+    _finish(found, json)
 
 
 def _finish(found: Report, json: bool) -> None:

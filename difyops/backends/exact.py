@@ -8,7 +8,7 @@ reads well. So the same requests are asked by every way that can be told apart f
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -70,12 +70,16 @@ class Difference:
 
     def __str__(self) -> str:
         one, other = (text[self.at : self.at + 30] for text in self.texts)
-        gap = "unknown: the server gives no logprobs there" if self.gap is None else (
-            f"{self.gap:.2g}, a near-tie is below {self.limit:g}"
-        )  # fmt: skip
+        if self.gap is None:
+            judged = "the server gives no logprobs there: a tie cannot be told from a fault"
+        else:
+            judged = (
+                f"gap of the two likeliest tokens: {self.gap:.2g}, a near-tie is below "
+                f"{self.limit:g}"
+            )
         return (
             f"after {self.at} equal characters {self.ways[0]} says {one!r}, {self.ways[1]} "
-            f"{other!r} (gap of the two likeliest tokens: {gap})"
+            f"{other!r} ({judged})"
         )
 
 
@@ -94,31 +98,45 @@ def ways(backend: str, base_url: str, model: str, api_key: Secret | None) -> Way
     Nothing is tried out: many servers ignore fields that they do not know, which would prove
     nothing. Raises DifyopsError as `probe.describe` does.
     """
-    if backend == "native":
-        return Ways({"cache_salt": secrets.token_hex(8)}, {"speculate": False}, NEAR_TIE)
-    owner = backend
+    engine = backend
     if backend == "external":
         found = probe.describe(base_url, api_key)
-        owner = next((about.owned_by or "" for about in found if about.id == model), "")
-    if owner == "llamacpp":
+        engine = next((about.engine or "" for about in found if about.id == model), "")
+    if engine == "native":
+        return Ways({"cache_salt": secrets.token_hex(8)}, {"speculate": False}, NEAR_TIE)
+    if engine == "llamacpp":
         return Ways({"cache_prompt": False})
-    return Ways({"cache_salt": secrets.token_hex(8)}) if owner == "vllm" else Ways()
+    return Ways({"cache_salt": secrets.token_hex(8)}) if engine == "vllm" else Ways()
 
 
 def compare(
-    base_url: str, model: str, api_key: Secret | None = None, *, ways: Ways, tokens: int = TOKENS
+    base_url: str,
+    model: str,
+    api_key: Secret | None = None,
+    *,
+    ways: Ways,
+    tokens: int = TOKENS,
+    tell: Callable[[str], None] = lambda way: None,
 ) -> Comparison:
-    """Ask, compare, and where two answers differ look how near to a tie that place is.
+    """Ask, compare, and where two answers differ look how near to a tie that place is. `tell`
+    hears each way before it is gone.
 
     Raises DifyopsError when a request fails.
     """
-    return _Asking(base_url, model, api_key, ways, tokens).compare()
+    return _Asking(base_url, model, api_key, ways, tokens, tell).compare()
 
 
 class _Asking:
     def __init__(
-        self, base_url: str, model: str, api_key: Secret | None, ways: Ways, tokens: int
+        self,
+        base_url: str,
+        model: str,
+        api_key: Secret | None,
+        ways: Ways,
+        tokens: int,
+        tell: Callable[[str], None],
     ) -> None:
+        self._tell = tell
         self._server = (base_url, model, api_key)
         self._ways = ways
         self._tokens = tokens
@@ -143,6 +161,7 @@ class _Asking:
             self._ask(second, "the second turn, nothing cached", self._ways.uncached)
         if self._ways.unguessed is not None:
             self._ask(first, "no speculation", self._ways.unguessed)
+        self._tell("two at the same time")
         with ThreadPoolExecutor(2) as threads:
             together = [threads.submit(self._text, each, {}) for each in (first, second)]
             for number, text in enumerate(together):
@@ -152,6 +171,7 @@ class _Asking:
     def _ask(
         self, conversation: Conversation, way: str, extra: Mapping[str, Any] | None = None
     ) -> str:
+        self._tell(way)
         text = self._text(conversation, extra or {})
         if conversation not in self._asked:
             self._asked.append(conversation)

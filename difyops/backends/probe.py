@@ -28,7 +28,8 @@ class ModelInfo:
     context: int | None
     dimensions: int | None = None
     tools: bool | None = None
-    owned_by: str | None = None
+    #: What answers: ours say it, and some others by `owned_by`.
+    engine: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def describe(
             context=_context(entry),
             dimensions=_number(entry.get("dimensions")),
             tools=entry["tools"] if isinstance(entry.get("tools"), bool) else None,
-            owned_by=entry.get("owned_by"),
+            engine=entry.get("engine") or entry.get("owned_by"),
         )
         for entry in entries
         if isinstance(entry, dict) and isinstance(entry.get("id"), str)

@@ -15,6 +15,7 @@ from difyops.checks import (
     secrets,
     wired,
 )
+from difyops.checks.exact import of_server as of_server
 from difyops.doctor import Check
 
 ALL: tuple[Check, ...] = tuple(
@@ -29,9 +30,6 @@ CHAT: tuple[Check, ...] = tuple(chat.check.checks)
 
 #: What asks the model for many answers: seconds that `up` need not take.
 EXACT: tuple[Check, ...] = tuple(exact.check.checks)
-
-#: What can be asked of a model server that is not part of a deployment.
-OF_A_SERVER: tuple[str, ...] = ("model.exact",)
 
 PREFLIGHT: tuple[Check, ...] = tuple(check for check in ALL if check.preflight)
 

@@ -29,5 +29,5 @@ class Service(Served):
     def llm_entry(self) -> dict[str, Any] | None:
         if self.llm is None:
             return None
-        entry = model_entry(self.llm.id, self.llm.context, self.created)
+        entry = model_entry(self.llm.id, self.llm.context, self.created, "native")
         return entry | {"tools": self.llm.tool_format is not None}

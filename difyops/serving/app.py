@@ -44,7 +44,7 @@ class Models(routes.Served):
     def llm_entry(self) -> dict[str, Any] | None:
         if self.config.llm is None or self.llama is None:
             return None
-        entry = model_entry(self.config.llm.id, self.llama.context, self.created)
+        entry = model_entry(self.config.llm.id, self.llama.context, self.created, "llamacpp")
         return entry | {"tools": self.config.llm.tools}
 
 

@@ -18,7 +18,9 @@ _SLICE = 8
 
 def embedder_entry(name: str, embedder: Embedder, created: int) -> dict[str, Any]:
     """The entry of `/v1/models`."""
-    return model_entry(name, embedder.max_tokens, created) | {"dimensions": embedder.dimensions}
+    return model_entry(name, embedder.max_tokens, created, "onnxruntime") | {
+        "dimensions": embedder.dimensions
+    }
 
 
 async def answer_embedding(

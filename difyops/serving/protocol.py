@@ -76,13 +76,15 @@ def model_name(fields: dict[str, Any]) -> str:
     return name
 
 
-def model_entry(name: str, context: int, created: int) -> dict[str, Any]:
-    """An entry of `/v1/models`; `context` is in tokens, `created` in seconds since 1970."""
+def model_entry(name: str, context: int, created: int, engine: str) -> dict[str, Any]:
+    """An entry of `/v1/models`; `context` is in tokens, `created` in seconds since 1970. `engine`
+    says who answers: native, llamacpp or onnxruntime."""
     return {
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": "difyops",
+        "engine": engine,
         "context_length": context,
         "max_model_len": context,
     }

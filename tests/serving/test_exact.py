@@ -13,7 +13,7 @@ from difyops.backends.exact import Comparison, Ways
 from difyops.checks.exact import exact_answers
 from difyops.secrets import Secret
 from tests.serving.conftest import CHAT, KEY, Running
-from tests.serving.faulty_server import Answer, faulty, refuse, stream
+from tests.serving.faulty_server import Answer, faulty, refuse
 from tests.unit.conftest import deployment
 from tests.unit.test_cli import main
 
@@ -96,8 +96,8 @@ def test_what_doctor_says(scored: Answer, status: str, evidence: str) -> None:
 
 
 def test_only_servers_that_name_themselves_are_sent_extensions() -> None:
-    def known(owner: str) -> Ways:
-        entry = {"id": "m", "owned_by": owner}
+    def known(owner: str, **said: str) -> Ways:
+        entry = {"id": "m", "owned_by": owner, **said}
         models = json.dumps({"data": [entry]}).encode()
         with faulty(RIGHT, models=models) as server:
             return exact.ways("external", server.url, "m", None)
@@ -105,6 +105,10 @@ def test_only_servers_that_name_themselves_are_sent_extensions() -> None:
     assert known("somebody") == Ways()
     assert known("llamacpp") == Ways({"cache_prompt": False})
     assert list(known("vllm").uncached or ()) == ["cache_salt"]
+    ours = known("difyops", engine="native")
+    assert list(ours.uncached or ()) == ["cache_salt"] and ours.unguessed == {"speculate": False}
+    assert ours.near_tie < Ways().near_tie
+    assert known("difyops", engine="llamacpp") == Ways({"cache_prompt": False})
 
 
 @pytest.mark.parametrize(("second", "code"), [(RIGHT, 0), (WRONG, 1)])
@@ -113,21 +117,51 @@ def test_any_server_without_a_deployment(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFYOPS_MODEL_API_KEY", "whale")
     scored = answer("he saw a whale", 2.0)
-    with faulty(stream("Hello."), RIGHT, second, RIGHT, RIGHT, RIGHT, RIGHT, scored) as server:
+    with faulty(RIGHT, second, RIGHT, RIGHT, RIGHT, RIGHT, scored) as server:
         assert main("doctor", "--url", server.url, "--json") == code
-    found = {check["id"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
-    assert list(found) == ["model.up", "model.chat", "model.exact"]
-    assert found["model.exact"]["status"] == ("fail" if code else "ok")
+    (found,) = json.loads(capsys.readouterr().out)["checks"]
+    assert (found["id"], found["status"]) == ("model.exact", "fail" if code else "ok")
+    if code:
+        assert "changes tokens" in found["evidence"] and "'shark'" in found["evidence"]
+        assert f"see the log of the server at {server.url}" in found["fix"]
+    assert "whale" not in found["evidence"]  # this run's key, and the server says it
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_server_is_not_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("doctor", "--model", "m") == 2
-    assert "--url" in capsys.readouterr().err
-    with faulty(RIGHT, models=b'{"data": []}') as server:
+@pytest.mark.parametrize(
+    ("models", "arguments", "said"),
+    [
+        (b'{"data": []}', (), "serves no chat model"),
+        (b'{"data": [{"id": "m"}]}', ("--model", "other"), "has no model 'other'"),
+        (b"<html>", (), "is not a list of models"),
+    ],
+)
+def test_a_server_that_cannot_be_asked(
+    models: bytes, arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with faulty(RIGHT, models=models) as server:
+        assert main("doctor", "--url", server.url, *arguments, "--json") == 1
+    up, exact = json.loads(capsys.readouterr().out)["checks"]
+    assert (up["id"], up["status"]) == ("model.up", "fail") and said in up["evidence"]
+    assert up["fix"]
+    assert (exact["status"], exact["evidence"]) == ("skip", "needs model.up")
+
+
+def test_a_server_that_refuses_midway_says_nothing_of_exactness(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with faulty(RIGHT, RIGHT, refuse(429, "too many requests")) as server:
         assert main("doctor", "--url", server.url) == 1
-    assert "has no chat model" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().out.split())
+    assert "could not be compared" in said and "too many requests" in said
+
+
+def test_what_belongs_to_a_deployment_or_to_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (("--model", "m"), ("--url", "http://h/v1", "--only", "pg"), ("--url", "")):
+        assert main("doctor", *arguments) == 2
+        assert "Traceback" not in capsys.readouterr().err
 
 
 def test_reasoning_counts_as_text() -> None:
