@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Tensor
 
-from difyops.engine.layers import wide
+from difyops.engine.layers import Fusible, wide
 from difyops.engine.state import LayerState, StateSpec
 
 #: Per-token tensors by name, e.g. q: [B, T, H, Dk].
@@ -25,13 +25,19 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Mixer(nn.Module, ABC):
+class Mixer(Fusible, ABC):
     """One layer's mixing of tokens. Made as `Kind(width, Kind.Options(...))`.
 
     All forms compute the same function of a sequence. x is [..., width] and so is what they
     answer. `slots` ([B], int64) says which sequences; `state.lengths[slots]` is how many tokens
     came before.
     """
+
+    @property
+    def graphable(self) -> bool:
+        """Whether `step` never waits for a GPU, and does the same work whatever lies there: it
+        may be captured as a graph."""
+        return True
 
     @abstractmethod
     def state_spec(self) -> StateSpec:
@@ -96,6 +102,12 @@ class RecurrentMixer(Mixer):
     def recur(self, inputs: Inputs, carry: Carry) -> tuple[Tensor, Carry]:
         """One token: inputs [B, …], carry [B, …] -> out [B, …] and the new carry."""
 
+    def advance(self, inputs: Inputs, state: LayerState, slots: Tensor) -> Tensor:
+        """recur, where the state lies."""
+        out, carry = self.recur(inputs, state.read(slots))
+        state.write(slots, carry)
+        return out
+
     @abstractmethod
     def emit(self, out: Tensor, x: Tensor) -> Tensor:
         """The layer's output from what was mixed and the layer's input: [..., width]."""
@@ -126,9 +138,7 @@ class RecurrentMixer(Mixer):
 
     def step(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
         inputs = self.project(x, state.lengths[slots])
-        out, carry = self.recur(inputs, state.read(slots))
-        state.write(slots, carry)
-        return self.emit(out, x)
+        return self.emit(self.advance(inputs, state, slots), x)
 
     def verify(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
         count = x.shape[1]

@@ -34,6 +34,13 @@ class ShortConvolution(nn.Conv1d):
         seen = torch.cat((tail, x[..., None]), dim=-1)
         return F.silu(self(seen))[..., 0], seen[..., 1:]
 
+    def advance(self, x: Tensor, tails: Tensor, slots: Tensor) -> Tensor:
+        """recur by a kernel, the tails of `slots` ([B]) changed where they lie: x [B, C], tails
+        [slots + 1, C, width - 1] -> [B, C]."""
+        from difyops.engine.kernels import convolution as kernel
+
+        return kernel.step(x, self.weight, self.bias, tails, slots)
+
     def reference(self, x: Tensor) -> Tensor:
         """A whole sequence, [T, C] -> [T, C], one token and tap after the other."""
         taps = self.weight[:, 0].unbind(-1)

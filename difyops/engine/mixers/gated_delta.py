@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from difyops.engine.layers import GatedRMSNorm
+from difyops.engine.layers import GatedRMSNorm, Joined
 from difyops.engine.mixers import base, chunks
 from difyops.engine.mixers.base import Carry, Inputs, RecurrentMixer, within_length
 from difyops.engine.mixers.chunks import by_head
 from difyops.engine.mixers.convolution import ShortConvolution
-from difyops.engine.state import StateSpec, TensorSpec
+from difyops.engine.state import LayerState, StateSpec, TensorSpec
 
 
 class GatedDelta(RecurrentMixer):
@@ -106,6 +106,28 @@ class GatedDelta(RecurrentMixer):
             out.append(q[i] @ state + attention[i] @ new)
             state = state * since[i, :, :, -1:] + k[i].mT @ new
         return chunks.join(out, count), {"S": state, "tail": tail}
+
+    def fuse(self) -> None:
+        if not self.fused:
+            self._inward = Joined(
+                self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
+            )
+        super().fuse()
+
+    def step(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
+        if not self.fused:
+            return super().step(x, state, slots)
+        from difyops.engine.kernels import gated_delta as kernel
+
+        qkv, z, b, a = self._inward(x)
+        qkv = self.conv1d.advance(qkv, state.slot["tail"], slots)
+        out: Tensor = self.out_proj(
+            kernel.step(
+                qkv, a, b, z, state.slot["S"], slots, self.A_log, self.dt_bias,
+                self.norm.weight, self.norm.eps, self.options.key_heads,
+            )
+        )  # fmt: skip
+        return out
 
     def recur(self, inputs: Inputs, carry: Carry) -> tuple[Tensor, Carry]:
         qkv, tail = self.conv1d.recur(inputs["qkv"], carry["tail"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from difyops.engine.mixers import sums
 from difyops.engine.mixers.base import Carry, Inputs
 from difyops.engine.mixers.heads import HeadMixer, HeadOptions
-from difyops.engine.state import StateSpec, TensorSpec
+from difyops.engine.state import LayerState, StateSpec, TensorSpec
 
 
 class Linear(HeadMixer):
@@ -63,6 +63,17 @@ class Linear(HeadMixer):
         z = carry["z"] + k
         total = sums.grouped(q, self.kv_heads) @ z[..., None]
         return out / (total.flatten(1, 2) + self.options.eps), {"S": state, "z": z}
+
+    def advance(self, inputs: Inputs, state: LayerState, slots: Tensor) -> Tensor:
+        if not self.fused or self.options.feature == "exp":
+            return super().advance(inputs, state, slots)
+        from difyops.engine.kernels import sums as kernel
+
+        q, k, v = (inputs[name] for name in "qkv")
+        return kernel.step(
+            q, k, v, state.slot["S"], slots,
+            norms=state.slot["z"], eps=self.options.eps, elu=True,
+        )  # fmt: skip
 
     def reference(self, x: Tensor) -> Tensor:
         inputs = self.project(x, torch.arange(x.shape[0], device=x.device))

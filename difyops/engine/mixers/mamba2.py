@@ -15,7 +15,7 @@ from difyops.engine.mixers import base, chunks
 from difyops.engine.mixers.base import Carry, Inputs, RecurrentMixer, within_length
 from difyops.engine.mixers.chunks import by_head
 from difyops.engine.mixers.convolution import ShortConvolution
-from difyops.engine.state import StateSpec, TensorSpec
+from difyops.engine.state import LayerState, StateSpec, TensorSpec
 
 
 class Mamba2(RecurrentMixer):
@@ -99,6 +99,22 @@ class Mamba2(RecurrentMixer):
             out.append(C[i] @ state.mT + attention[i] @ u[i])
             state = state * since[i, :, :, -1:] + u[i].mT @ B[i]
         return chunks.join(out, count) + skip, {"h": state, "tail": tail}
+
+    def step(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
+        if not self.fused:
+            return super().step(x, state, slots)
+        from difyops.engine.kernels import mamba2 as kernel
+
+        o = self.options
+        parts = [self.inner, self.conv1d.in_channels, o.heads]
+        gate, xbc, dt = self.in_proj(x).split(parts, dim=-1)
+        xbc = self.conv1d.advance(xbc, state.slot["tail"], slots)
+        mixed = kernel.step(
+            xbc, dt, state.slot["h"], slots, self.A_log, self.dt_bias, self.D,
+            o.groups, o.dt_min, o.dt_max,
+        )  # fmt: skip
+        out: Tensor = self.out_proj(self.norm(mixed, gate))
+        return out
 
     def recur(self, inputs: Inputs, carry: Carry) -> tuple[Tensor, Carry]:
         xbc, tail = self.conv1d.recur(inputs["xBC"], carry["tail"])

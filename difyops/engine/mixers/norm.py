@@ -12,7 +12,7 @@ from difyops.engine.layers import RMSNorm
 from difyops.engine.mixers import sums
 from difyops.engine.mixers.base import Carry, Inputs
 from difyops.engine.mixers.heads import HeadMixer, HeadOptions
-from difyops.engine.state import StateSpec, TensorSpec
+from difyops.engine.state import LayerState, StateSpec, TensorSpec
 
 
 class Norm(HeadMixer):
@@ -47,6 +47,14 @@ class Norm(HeadMixer):
     def recur(self, inputs: Inputs, carry: Carry) -> tuple[Tensor, Carry]:
         out, state = sums.recur(inputs["q"], inputs["k"], inputs["v"], carry["S"])
         return out, {"S": state}
+
+    def advance(self, inputs: Inputs, state: LayerState, slots: Tensor) -> Tensor:
+        if not self.fused:
+            return super().advance(inputs, state, slots)
+        from difyops.engine.kernels import sums as kernel
+
+        q, k, v = (inputs[name] for name in "qkv")
+        return kernel.step(q, k, v, state.slot["S"], slots)
 
     def emit(self, out: Tensor, x: Tensor) -> Tensor:
         # Normed before it is rounded: the sums grow with the context.

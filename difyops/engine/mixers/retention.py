@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from difyops.engine.mixers import sums
 from difyops.engine.mixers.base import Carry, Inputs
 from difyops.engine.mixers.heads import HeadMixer, HeadOptions
-from difyops.engine.state import StateSpec, TensorSpec
+from difyops.engine.state import LayerState, StateSpec, TensorSpec
 
 
 class Retention(HeadMixer):
@@ -52,6 +52,15 @@ class Retention(HeadMixer):
         q, k, v = (inputs[name] for name in "qkv")
         out, state = sums.recur(q, k, v, carry["S"], self._log_decay(carry["S"]))
         return out, {"S": state}
+
+    def advance(self, inputs: Inputs, state: LayerState, slots: Tensor) -> Tensor:
+        if not self.fused:
+            return super().advance(inputs, state, slots)
+        from difyops.engine.kernels import sums as kernel
+
+        q, k, v = (inputs[name] for name in "qkv")
+        decay = self._log_decay(state.slot["S"])
+        return kernel.step(q, k, v, state.slot["S"], slots, log_decay=decay)
 
     def emit(self, out: Tensor, x: Tensor) -> Tensor:
         out = F.rms_norm(out, out.shape[-1:], eps=self.options.norm_eps)
