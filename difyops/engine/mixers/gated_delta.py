@@ -109,9 +109,7 @@ class GatedDelta(RecurrentMixer):
 
     def fuse(self) -> None:
         if not self.fused:
-            self._inward = Joined(
-                self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
-            )
+            self._inward = Joined(self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         super().fuse()
 
     def step(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
