@@ -404,7 +404,6 @@ def benchmark(found: Comparison) -> None:
 
 def speculation(found: spec.Found) -> None:
     """The tables of `difyops bench spec`; below them what else one must know to read them."""
-    from difyops.bench import gpu as gpu_bench
     from difyops.bench import spec
 
     _table(spec.table(found))

@@ -153,9 +153,7 @@ def run(wanted: Wanted, progress: Progress) -> Found:
 def measure_limits() -> Limits:
     source = torch.randn(1 << 30, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
-    copied = _time(lambda: target.copy_(source), 20)
-    bandwidth = 2 * source.nbytes / copied
-    del source, target
+    bandwidth = 2 * source.nbytes / _time(lambda: target.copy_(source), 20)
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     return Limits(bandwidth, 2 * 8192**3 / _time(lambda: a @ b, 20))
 
@@ -212,7 +210,7 @@ def _decoding(
         for tensor in (*layer.slot.values(), *layer.token.values()):
             tensor.normal_()
     pool.lengths[1:] = BEFORE
-    dice = random.Random(0)
+    dice = random.Random(0)  # noqa: S311
     tokens = [dice.randrange(model.shape.vocabulary) for _ in slots]
     runs = steps(model, pool)
 
@@ -249,7 +247,7 @@ def _engine(name: str, model: Decoder, size: int, limits: Limits) -> Row:
     engine = Engine(model, slots=size, context=BEFORE + ANSWER, prefill_tokens=8192)
     engine.warm_up()
     engine.start()
-    dice, vocabulary = random.Random(0), model.shape.vocabulary
+    dice, vocabulary = random.Random(0), model.shape.vocabulary  # noqa: S311
     prompts = [[dice.randrange(vocabulary) for _ in range(BEFORE)] for _ in range(size)]
     params = SamplingParams(ANSWER, temperature=0.0)
     requests = [Request(prompt, params, _NoText()) for prompt in prompts]

@@ -22,6 +22,15 @@ class Fusible(nn.Module):
         self.fused = True
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear of a fused module."""
+    if x.numel() > x.shape[-1]:
+        return F.linear(x, weight, bias)
+    from difyops.engine.kernels import product
+
+    return product.row(x, weight, bias)
+
+
 class Joined:
     """Linear layers that read the same input, as one product: their weights become views of one
     matrix, in the same memory."""
@@ -37,7 +46,15 @@ class Joined:
 
     def whole(self, x: Tensor) -> Tensor:
         """[..., width] -> what all layers answer, side by side."""
-        return F.linear(x, self._weight, self._bias)
+        return product(x, self._weight, self._bias)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu of what the first of two layers answers, times what the second does."""
+        from difyops.engine.kernels import norm, product
+
+        if x.numel() == x.shape[-1]:
+            return product.silu_row(x, self._weight, self._bias)
+        return norm.silu_product(self.whole(x))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.whole(x).split(self._sizes, dim=-1)
@@ -127,9 +144,7 @@ class GatedMLP(Fusible):
     def forward(self, x: Tensor) -> Tensor:
         down: Tensor
         if self.fused:
-            from difyops.engine.kernels.norm import silu_product
-
-            down = self.down_proj(silu_product(self._inward.whole(x)))
+            down = product(self._inward.gated(x), self.down_proj.weight, self.down_proj.bias)
             return down
         down = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return down

@@ -15,7 +15,6 @@ from torch import Tensor
 from difyops.engine.layers import wide
 from difyops.engine.request import Request, SamplingParams, TokenLogprob
 
-
 NO_NUMBERS = "the model's scores are not numbers"
 
 

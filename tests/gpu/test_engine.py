@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from difyops.engine import graphs
 from difyops.engine.load import load
@@ -20,8 +21,9 @@ from difyops.engine.models.decoder import Decoder
 from difyops.engine.request import Request
 from difyops.engine.runner import Engine
 from difyops.engine.speculate import Drafter
+from difyops.engine.state import StatePool
 from tests.engine import tiny
-from tests.engine.test_exact import CONTEXT, Foreseen, VOCABULARY, answers, asked, ended, prompts
+from tests.engine.test_exact import CONTEXT, VOCABULARY, Foreseen, answers, asked, ended, prompts
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -49,6 +51,13 @@ def on_gpu(model: Decoder, drafter: Drafter | None = None, **options: int) -> En
     assert isinstance(engine._steps, graphs.Captured)
     engine.start()
     return engine
+
+
+class Guessing(Foreseen):
+    """Where the slots are."""
+
+    def draft(self, requests: Sequence[Request], slots: Tensor, pool: StatePool, k: int) -> Tensor:
+        return super().draft(requests, slots, pool, k).to(slots.device)
 
 
 @torch.inference_mode()
@@ -80,7 +89,7 @@ def test_it_says_what_the_cpu_says(kind: str) -> None:
     ended(plain)
     known = dict(zip(texts, got, strict=True))
     ties = [differ(model, asking, wanted, got)]
-    guessing = on_gpu(model, Foreseen(3, known), prefix_bytes=1 << 24)
+    guessing = on_gpu(model, Guessing(3, known), prefix_bytes=1 << 24)
     for _ in range(2):  # again, from kept prefixes
         asking = asked(texts)
         ties.append(differ(model, asking, got, answers(guessing, asking)))
@@ -91,7 +100,7 @@ def test_it_says_what_the_cpu_says(kind: str) -> None:
 
 def test_nothing_is_lost_under_a_random_load() -> None:
     model, dice = made("hybrid"), random.Random(0)
-    engine = on_gpu(model, Foreseen(2, {}), slots=7, pages=60, prefix_bytes=1 << 20)
+    engine = on_gpu(model, Guessing(2, {}), slots=7, pages=60, prefix_bytes=1 << 20)
     for seed in range(4):
         requests = asked(prompts(60, seed=seed), count=dice.randint(1, 30))
         for request in requests:

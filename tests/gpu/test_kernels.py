@@ -1,4 +1,4 @@
-"""Each kernel beside its naive twin in float64: a mixer's step with kernels, and without.
+"""Each kernel beside its naive twin in float64: a mixer with kernels, and without.
 
 On a GPU, or with TRITON_INTERPRET=1 on a CPU.
 """
@@ -24,6 +24,7 @@ pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH = 24
+LENGTHS = {2: 1, 6: 15, 1: 63, 3: 64, 5: 65, 4: 300}
 #: Never two dimensions that are equal by accident.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "softmax": ("softmax", {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7}),
@@ -97,15 +98,22 @@ class Twin:
                 assert pool.table.grow(slot, 400)
             pool.sync()
 
-    def prefill(self, lengths: dict[int, int]) -> None:
+    def prefill(self, lengths: dict[int, int]) -> list[Tensor]:
         slots = torch.tensor(list(lengths), device=DEVICE)
         counts = torch.tensor(list(lengths.values()), device=DEVICE)
         bounds = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-        x = random(int(counts.sum()), WIDTH)
+        x, out = random(int(counts.sum()), WIDTH), []
         for mixer, pool in zip(self.mixers, self.pools, strict=True):
             parameter = next(mixer.parameters())
-            mixer.prefill(x.to(parameter.dtype), pool.layers[0], slots, bounds)
+            out.append(mixer.prefill(x.to(parameter.dtype), pool.layers[0], slots, bounds))
             pool.advance(slots, counts)
+        return out
+
+    def states_agree(self) -> None:
+        naive, fused = (pool.layers[0].slot for pool in self.pools)
+        for state in naive:
+            close(fused[state][1:], naive[state][1:])
+            assert not fused[state][0].any()  # the null slot stays as it is
 
     def both(self, form: str, x: Tensor, slots: Tensor) -> list[Tensor]:
         return [
@@ -117,7 +125,8 @@ class Twin:
 @pytest.mark.parametrize("name", KINDS)
 def test_steps_are_those_of_the_naive_form(name: str) -> None:
     twin = Twin(*KINDS[name])
-    twin.prefill({2: 1, 6: 15, 1: 63, 3: 64, 5: 65, 4: 300})
+    wanted, got = twin.prefill(LENGTHS)
+    close(got, wanted)
     for turn, order in enumerate(([2, 6, 1, 3, 5, 4], [4, 0, 1, 0], [6], [5, 4, 3, 2, 1])):
         slots = torch.tensor(order, device=DEVICE)
         wanted, got = twin.both("step", random(len(order), WIDTH, seed=turn), slots)
@@ -125,17 +134,32 @@ def test_steps_are_those_of_the_naive_form(name: str) -> None:
         close(got[real], wanted[real])
         for pool in twin.pools:
             pool.advance(slots, real.to(slots.dtype))
-    naive, fused = (pool.layers[0].slot for pool in twin.pools)
-    for state in naive:
-        close(fused[state][1:], naive[state][1:])
-        assert not fused[state][0].any()  # the null slot stays as it is
+    twin.states_agree()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_accepted_goes_into_the_state(name: str) -> None:
+    twin = Twin(*KINDS[name])
+    twin.prefill({2: 1, 6: 3, 1: 9, 4: 5})
+    slots = torch.tensor([4, 2, 1, 6], device=DEVICE)
+    for turn, taken in enumerate(([3, 0, 1, 2], [5, 4, 5, 1])):
+        wanted, got = twin.both("verify", random(4, 3 + 2 * turn, WIDTH, seed=turn), slots)
+        close(got, wanted)
+        accepted = torch.tensor(taken, device=DEVICE)
+        for mixer, pool in zip(twin.mixers, twin.pools, strict=True):
+            mixer.commit(pool.layers[0], slots, accepted)
+            pool.advance(slots, accepted)
+        twin.states_agree()
+    wanted, got = twin.prefill({6: 4, 2: 1, 1: 20})  # prompts that go on
+    close(got, wanted)
+    twin.states_agree()
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("name", ["softmax", "softmax-rotary-normed"])
 def test_attention_over_pages_with_several_queries(name: str, count: int) -> None:
     twin = Twin(*KINDS[name])
-    twin.prefill({2: 1, 6: 15, 1: 63, 3: 64, 5: 65, 4: 300})
+    twin.prefill(LENGTHS)
     slots = torch.tensor([4, 2, 1, 5, 3, 6], device=DEVICE)
     wanted, got = twin.both("verify", random(6, count, WIDTH), slots)
     close(got, wanted)

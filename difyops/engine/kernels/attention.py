@@ -48,7 +48,8 @@ def place(
         q, k, v, keys, values, table, lengths, slots,
         q if frequencies is None else frequencies, q if q_norm is None else q_norm,
         k if k_norm is None else k_norm, out,
-        _token_step(q), q.stride(2), _token_step(k), _token_step(v), table.stride(0), eps, offset, scale,
+        _token_step(q), q.stride(2), _token_step(k), _token_step(v), table.stride(0),
+        eps, offset, scale,
         count, heads, kv_heads, key_dim, value_dim,
         0 if frequencies is None else frequencies.numel(),
         NORMED=q_norm is not None, TURNED=frequencies is not None, PAGE=page_size, WIDE=widest,
@@ -100,7 +101,7 @@ def attend(
 
 
 def _token_step(x: Tensor) -> int:
-    """Numbers from one token of [B, K, …] to the next; where K is 1, its own stride says nothing."""
+    """Numbers from a token of [B, K, …] to the next; where K is 1, its own stride says nothing."""
     return x.stride(0) // x.shape[1]
 
 

@@ -1,4 +1,4 @@
-"""One token of the gated delta rule, with its gates, norms and the gated output norm."""
+"""The gated delta rule token by token, with its gates and norms; the state stays in registers."""
 
 from __future__ import annotations
 
@@ -8,34 +8,39 @@ import triton.language as tl
 from torch import Tensor
 
 from difyops.engine.kernels.functions import softplus
+from difyops.engine.kernels.spans import Spans
+
+#: Values that one program holds the state of; they do not depend on each other.
+_TILE = 32
+_WARPS = 1
 
 
-def step(
+def run(
     qkv: Tensor,
     a: Tensor,
     b: Tensor,
-    z: Tensor,
     state: Tensor,
     slots: Tensor,
+    spans: Spans,
     rate: Tensor,
     dt_bias: Tensor,
-    weight: Tensor,
-    eps: float,
     key_heads: int,
 ) -> Tensor:
-    """mixers.gated_delta.GatedDelta.recur and its norm, behind the convolution.
+    """mixers.gated_delta.GatedDelta.recur for each token of each span, behind the convolution.
 
-    qkv [B, C], a and b [B, Hv], z [B, Hv * Dv], each with rows of any stride; state
-    [slots + 1, Hv, Dk, Dv] -> [B, Hv * Dv]. `rate` is A_log, `weight` and `eps` the norm's.
+    qkv [N, C], a and b [N, Hv], each with rows of any stride; state [slots + 1, Hv, Dk, Dv], slots
+    [B] -> [N, Hv * Dv], float32. `rate` is A_log.
     """
     heads, key_dim, value_dim = state.shape[1:]
-    out = torch.empty(len(qkv), heads * value_dim, dtype=z.dtype, device=z.device)
-    keys, values = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
-    _step[(len(qkv), heads)](
-        qkv, a, b, z, state, slots, rate, dt_bias, weight, out,
-        qkv.stride(0), a.stride(0), b.stride(0), z.stride(0), state.stride(0), eps,
+    out = torch.empty(len(qkv), heads * value_dim, dtype=torch.float32, device=qkv.device)
+    tile = min(_TILE, triton.next_power_of_2(value_dim))
+    pointers = spans.pointers
+    _run[(len(slots), heads, triton.cdiv(value_dim, tile))](
+        qkv, a, b, state, slots, *(pointers or (slots, slots)), rate, dt_bias, out,
+        qkv.stride(0), a.stride(0), b.stride(0), state.stride(0), spans.count,
         heads // key_heads, key_heads * key_dim, key_dim, value_dim,
-        KEYS=keys, VALUES=values, num_warps=8 if keys * values >= 8192 else 4,
+        PACKED=pointers is not None, KEPT=spans.kept,
+        KEYS=triton.next_power_of_2(key_dim), VALUES=tile, num_warps=_WARPS,
     )  # fmt: skip
     return out
 
@@ -46,45 +51,41 @@ def _normed(x):
 
 
 @triton.jit
-def _step(
-    qkv, a, b, z, state, slots, rate, dt_bias, weight, out,
-    qkv_step, a_step, b_step, z_step, state_step, eps,
-    shared, all_keys, key_dim, value_dim, KEYS: tl.constexpr, VALUES: tl.constexpr,
+def _run(
+    qkv, a, b, state, slots, begin, end, rate, dt_bias, out,
+    qkv_step, a_step, b_step, state_step, count,
+    shared, all_keys, key_dim, value_dim,
+    PACKED: tl.constexpr, KEPT: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    head, heads = tl.program_id(1), tl.num_programs(1)
     slot = tl.load(slots + row)
-    i, j = tl.arange(0, KEYS), tl.arange(0, VALUES)
+    i = tl.arange(0, KEYS)
+    j = tl.program_id(2) * VALUES + tl.arange(0, VALUES)
     mine = (i < key_dim)[:, None] & (j < value_dim)[None, :]
     place = state + slot * state_step + head * key_dim * value_dim
     place = place + i[:, None] * value_dim + j[None, :]
     s = tl.load(place, mask=mine, other=0).to(tl.float32)
-
-    token = qkv + row * qkv_step
-    key = (head // shared) * key_dim + i
-    q = tl.load(token + key, mask=i < key_dim, other=0).to(tl.float32)
-    k = tl.load(token + all_keys + key, mask=i < key_dim, other=0).to(tl.float32)
-    value = head * value_dim + j
-    v = tl.load(token + 2 * all_keys + value, mask=j < value_dim, other=0).to(tl.float32)
-    q = _normed(q) * tl.rsqrt(key_dim.to(tl.float32))
-    k = _normed(k)
-
-    x = tl.load(a + row * a_step + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
-    decay = tl.exp(-tl.exp(tl.load(rate + head).to(tl.float32)) * softplus(x))
-    beta = tl.sigmoid(tl.load(b + row * b_step + head).to(tl.float32))
-
-    s = s * decay
-    new = beta * (v - tl.sum(k[:, None] * s, 0))
-    s = s + k[:, None] * new[None, :]
-    mixed = tl.sum(q[:, None] * s, 0)
-    tl.store(place, s.to(state.dtype.element_ty), mask=mine & (slot > 0))
-
-    mixed = mixed * tl.rsqrt(tl.sum(mixed * mixed, 0) / value_dim + eps)
-    mixed = mixed * tl.load(weight + j, mask=j < value_dim, other=0).to(tl.float32)
-    gate = tl.load(z + row * z_step + value, mask=j < value_dim, other=0).to(tl.float32)
-    mixed = mixed * gate * tl.sigmoid(gate)
-    tl.store(
-        out + row * (tl.num_programs(1) * value_dim) + value,
-        mixed.to(out.dtype.element_ty),
-        mask=j < value_dim,
-    )
+    key, value = (head // shared) * key_dim + i, head * value_dim + j
+    speed = -tl.exp(tl.load(rate + head).to(tl.float32))
+    bias = tl.load(dt_bias + head).to(tl.float32)
+    scale = tl.rsqrt(key_dim.to(tl.float32))
+    if PACKED:
+        first, last = tl.load(begin + row), tl.load(end + row)
+    else:
+        first, last = row * count, row * count + count
+    for t in range(first, last):
+        token = qkv + t * qkv_step
+        q = tl.load(token + key, mask=i < key_dim, other=0).to(tl.float32)
+        k = tl.load(token + all_keys + key, mask=i < key_dim, other=0).to(tl.float32)
+        v = tl.load(token + 2 * all_keys + value, mask=j < value_dim, other=0).to(tl.float32)
+        q, k = _normed(q) * scale, _normed(k)
+        decay = tl.exp(speed * softplus(tl.load(a + t * a_step + head).to(tl.float32) + bias))
+        beta = tl.sigmoid(tl.load(b + t * b_step + head).to(tl.float32))
+        s = s * decay
+        new = beta * (v - tl.sum(k[:, None] * s, 0))
+        s = s + k[:, None] * new[None, :]
+        mixed = tl.sum(q[:, None] * s, 0)
+        tl.store(out + t * heads * value_dim + value, mixed, mask=j < value_dim)
+    if KEPT:
+        tl.store(place, s.to(state.dtype.element_ty), mask=mine & (slot > 0))

@@ -28,12 +28,13 @@ def add_norm(
 def gated_norm(
     x: Tensor, gate: Tensor, weight: Tensor, eps: float, groups: int, gate_first: bool
 ) -> Tensor:
-    """layers.GatedRMSNorm: x [N, W], gate [N, W] with rows of any stride -> [N, W]."""
+    """layers.GatedRMSNorm: x [N, W], gate [N, W] with rows of any stride -> [N, W]. A weight of
+    W / groups counts for each group."""
     count, width = x.shape
     out = torch.empty(count, width, dtype=gate.dtype, device=x.device)
     block = triton.next_power_of_2(width // groups)
     _gated_norm[(count, groups)](
-        x, gate, weight, out, width // groups,
+        x, gate, weight, out, width // groups, weight.numel() - width // groups,
         x.stride(0), gate.stride(0), out.stride(0), eps,
         GATE_FIRST=gate_first, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
@@ -77,7 +78,7 @@ def _add_norm(
 
 @triton.jit
 def _gated_norm(
-    x, gate, weight, out, width, x_step, gate_step, out_step, eps,
+    x, gate, weight, out, width, spread, x_step, gate_step, out_step, eps,
     GATE_FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -92,7 +93,7 @@ def _gated_norm(
     if GATE_FIRST:
         h = h * opened
     h = h * tl.rsqrt(tl.sum(h * h, 0) / width + eps)
-    h = h * tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+    h = h * tl.load(weight + tl.where(spread > 0, column, at), mask=inside, other=0).to(tl.float32)
     if not GATE_FIRST:
         h = h * opened
     tl.store(out + row * out_step + column, h.to(raw.dtype), mask=inside)

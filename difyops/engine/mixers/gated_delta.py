@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from difyops.engine.layers import GatedRMSNorm, Joined
+from difyops.engine.kernels.spans import Spans
+from difyops.engine.layers import GatedRMSNorm, Joined, product
 from difyops.engine.mixers import base, chunks
 from difyops.engine.mixers.base import Carry, Inputs, RecurrentMixer, within_length
 from difyops.engine.mixers.chunks import by_head
@@ -73,6 +74,8 @@ class GatedDelta(RecurrentMixer):
         )
 
     def project(self, x: Tensor, positions: Tensor) -> Inputs:
+        if self.fused:
+            return dict(zip(("qkv", "z", "b", "a"), self._inward(x), strict=True))
         return {"qkv": self.in_proj_qkv(x), "a": self.in_proj_a(x), "b": self.in_proj_b(x)}
 
     def scan(self, inputs: Inputs, carry: Carry, lengths: Tensor) -> tuple[Tensor, Carry]:
@@ -112,20 +115,27 @@ class GatedDelta(RecurrentMixer):
             self._inward = Joined(self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         super().fuse()
 
-    def step(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
-        if not self.fused:
-            return super().step(x, state, slots)
+    positional = False
+
+    @property
+    def in_place(self) -> bool:
+        return self.fused
+
+    def advance(self, inputs: Inputs, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
         from difyops.engine.kernels import gated_delta as kernel
 
-        qkv, z, b, a = self._inward(x)
-        qkv = self.conv1d.advance(qkv, state.slot["tail"], slots)
-        out: Tensor = self.out_proj(
-            kernel.step(
-                qkv, a, b, z, state.slot["S"], slots, self.A_log, self.dt_bias,
-                self.norm.weight, self.norm.eps, self.options.key_heads,
-            )
+        qkv = self.conv1d.advance(inputs["qkv"], state.slot["tail"], slots, spans)
+        return kernel.run(
+            qkv, inputs["a"], inputs["b"], state.slot["S"], slots, spans, self.A_log, self.dt_bias,
+            self.options.key_heads,
         )  # fmt: skip
-        return out
+
+    def finish(self, out: Tensor, inputs: Inputs, x: Tensor) -> Tensor:
+        from difyops.engine.kernels.norm import gated_norm
+
+        heads, norm = self.options.value_heads, self.norm
+        out = gated_norm(out, inputs["z"], norm.weight, norm.eps, heads, norm.gate_first)
+        return product(out, self.out_proj.weight, self.out_proj.bias)
 
     def recur(self, inputs: Inputs, carry: Carry) -> tuple[Tensor, Carry]:
         qkv, tail = self.conv1d.recur(inputs["qkv"], carry["tail"])

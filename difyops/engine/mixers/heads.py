@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from difyops.engine import layers
-from difyops.engine.layers import Joined, rotary
+from difyops.engine.layers import Joined, product, rotary
 from difyops.engine.mixers import base
 from difyops.engine.mixers.base import Inputs, RecurrentMixer
 from difyops.engine.mixers.softmax import Frequencies
@@ -61,8 +61,14 @@ class HeadMixer(RecurrentMixer):
 
     def emit(self, out: Tensor, x: Tensor) -> Tensor:
         """out: [..., H, Dv]."""
-        emitted: Tensor = self.o_proj(out.flatten(-2).to(x.dtype))
-        return emitted
+        return self.out(out.flatten(-2).to(x.dtype))
+
+    def out(self, mixed: Tensor) -> Tensor:
+        """[..., H * Dv] -> [..., width]."""
+        if self.fused:
+            return product(mixed, self.o_proj.weight, None)
+        out: Tensor = self.o_proj(mixed)
+        return out
 
     def fuse(self) -> None:
         if not self.fused:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from difyops.engine.kernels.spans import Spans
 from difyops.engine.mixers import sums
 from difyops.engine.mixers.base import Carry, Inputs
 from difyops.engine.mixers.heads import HeadMixer, HeadOptions
@@ -64,14 +65,16 @@ class Linear(HeadMixer):
         total = sums.grouped(q, self.kv_heads) @ z[..., None]
         return out / (total.flatten(1, 2) + self.options.eps), {"S": state, "z": z}
 
-    def advance(self, inputs: Inputs, state: LayerState, slots: Tensor) -> Tensor:
-        if not self.fused or self.options.feature == "exp":
-            return super().advance(inputs, state, slots)
+    @property
+    def in_place(self) -> bool:
+        return self.fused and self.options.feature == "elu"
+
+    def advance(self, inputs: Inputs, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
         from difyops.engine.kernels import sums as kernel
 
         q, k, v = (inputs[name] for name in "qkv")
-        return kernel.step(
-            q, k, v, state.slot["S"], slots,
+        return kernel.run(
+            q, k, v, state.slot["S"], slots, spans,
             norms=state.slot["z"], eps=self.options.eps, elu=True,
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from difyops.engine.kernels.spans import Spans
 from difyops.engine.mixers import sums
 from difyops.engine.mixers.base import Carry, Inputs
 from difyops.engine.mixers.heads import HeadMixer, HeadOptions
@@ -53,14 +54,16 @@ class Retention(HeadMixer):
         out, state = sums.recur(q, k, v, carry["S"], self._log_decay(carry["S"]))
         return out, {"S": state}
 
-    def advance(self, inputs: Inputs, state: LayerState, slots: Tensor) -> Tensor:
-        if not self.fused:
-            return super().advance(inputs, state, slots)
+    @property
+    def in_place(self) -> bool:
+        return self.fused
+
+    def advance(self, inputs: Inputs, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
         from difyops.engine.kernels import sums as kernel
 
         q, k, v = (inputs[name] for name in "qkv")
         decay = self._log_decay(state.slot["S"])
-        return kernel.step(q, k, v, state.slot["S"], slots, log_decay=decay)
+        return kernel.run(q, k, v, state.slot["S"], slots, spans, log_decay=decay)
 
     def emit(self, out: Tensor, x: Tensor) -> Tensor:
         out = F.rms_norm(out, out.shape[-1:], eps=self.options.norm_eps)

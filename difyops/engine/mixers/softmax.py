@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from difyops.engine import layers
-from difyops.engine.layers import Joined, RMSNorm, rotary
+from difyops.engine.layers import Joined, RMSNorm, product, rotary
 from difyops.engine.mixers import base
 from difyops.engine.mixers.base import Mixer, drafted_positions
 from difyops.engine.state import LayerState, StateSpec, TensorSpec
@@ -142,8 +142,8 @@ class Softmax(Mixer):
             q, k, v, *pages, state.page_size, frequencies=frequencies, scale=scale,
             q_norm=norms[0], k_norm=norms[1], eps=o.norm_eps, offset=o.norm_offset,
         )  # fmt: skip
-        out: Tensor = self.o_proj(kernel.attend(q, *pages, state.page_size, gate).flatten(-2))
-        return out
+        out = kernel.attend(q, *pages, state.page_size, gate).flatten(-2)
+        return product(out, self.o_proj.weight, self.o_proj.bias)
 
     def commit(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
         """Nothing to do: verify wrote behind the length, and the length moves."""
