@@ -88,7 +88,7 @@ class Captured:
         """Only the null slot is stepped."""
         memory = None
         for size in reversed(sizes):
-            aside = torch.cuda.Stream()
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 self._step(size)  # compiles, and lets libraries allocate what they keep

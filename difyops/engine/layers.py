@@ -41,7 +41,7 @@ class Joined:
         self._bias = None
         if layers[0].bias is not None:
             self._bias = torch.cat([layer.bias.data for layer in layers])
-        for layer, part in zip(layers, self._weight.split(self._sizes), strict=True):
+        for layer, part in zip(layers, torch.split(self._weight, self._sizes), strict=True):
             layer.weight.data = part
 
     def whole(self, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Joined:
         return norm.silu_product(self.whole(x))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.whole(x).split(self._sizes, dim=-1)
+        return torch.split(self.whole(x), self._sizes, dim=-1)
 
 
 class RMSNorm(Fusible):

@@ -10,9 +10,9 @@ from torch import Tensor
 from difyops.engine.kernels.functions import softplus
 from difyops.engine.kernels.spans import Spans
 
-#: Values that one program holds the state of; they do not depend on each other.
-_TILE = 32
-_WARPS = 1
+#: Values that one program holds the state of, and its warps: values do not depend on each other.
+#: A step waits for memory, so tiles are large; a prompt for its own last token, so they are many.
+_STEP, _PROMPT = (64, 4), (8, 1)
 
 
 def run(
@@ -33,14 +33,15 @@ def run(
     """
     heads, key_dim, value_dim = state.shape[1:]
     out = torch.empty(len(qkv), heads * value_dim, dtype=torch.float32, device=qkv.device)
-    tile = min(_TILE, triton.next_power_of_2(value_dim))
+    tile, warps = _STEP if spans.short else _PROMPT
+    tile = min(tile, triton.next_power_of_2(value_dim))
     pointers = spans.pointers
     _run[(len(slots), heads, triton.cdiv(value_dim, tile))](
         qkv, a, b, state, slots, *(pointers or (slots, slots)), rate, dt_bias, out,
         qkv.stride(0), a.stride(0), b.stride(0), state.stride(0), spans.count,
         heads // key_heads, key_heads * key_dim, key_dim, value_dim,
         PACKED=pointers is not None, KEPT=spans.kept,
-        KEYS=triton.next_power_of_2(key_dim), VALUES=tile, num_warps=_WARPS,
+        KEYS=triton.next_power_of_2(key_dim), VALUES=tile, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -74,14 +75,26 @@ def _run(
         first, last = tl.load(begin + row), tl.load(end + row)
     else:
         first, last = row * count, row * count + count
+    # What the next token needs is on its way while this one is computed.
+    there = first < last
+    token = qkv + first * qkv_step
+    next_q = tl.load(token + key, mask=there & (i < key_dim), other=0)
+    next_k = tl.load(token + all_keys + key, mask=there & (i < key_dim), other=0)
+    next_v = tl.load(token + 2 * all_keys + value, mask=there & (j < value_dim), other=0)
+    next_a = tl.load(a + first * a_step + head, mask=there, other=0)
+    next_b = tl.load(b + first * b_step + head, mask=there, other=0)
     for t in range(first, last):
-        token = qkv + t * qkv_step
-        q = tl.load(token + key, mask=i < key_dim, other=0).to(tl.float32)
-        k = tl.load(token + all_keys + key, mask=i < key_dim, other=0).to(tl.float32)
-        v = tl.load(token + 2 * all_keys + value, mask=j < value_dim, other=0).to(tl.float32)
+        q, k, v = next_q.to(tl.float32), next_k.to(tl.float32), next_v.to(tl.float32)
+        delay, beta = softplus(next_a.to(tl.float32) + bias), tl.sigmoid(next_b.to(tl.float32))
+        there = t + 1 < last
+        token = qkv + (t + 1) * qkv_step
+        next_q = tl.load(token + key, mask=there & (i < key_dim), other=0)
+        next_k = tl.load(token + all_keys + key, mask=there & (i < key_dim), other=0)
+        next_v = tl.load(token + 2 * all_keys + value, mask=there & (j < value_dim), other=0)
+        next_a = tl.load(a + (t + 1) * a_step + head, mask=there, other=0)
+        next_b = tl.load(b + (t + 1) * b_step + head, mask=there, other=0)
         q, k = _normed(q) * scale, _normed(k)
-        decay = tl.exp(speed * softplus(tl.load(a + t * a_step + head).to(tl.float32) + bias))
-        beta = tl.sigmoid(tl.load(b + t * b_step + head).to(tl.float32))
+        decay = tl.exp(speed * delay)
         s = s * decay
         new = beta * (v - tl.sum(k[:, None] * s, 0))
         s = s + k[:, None] * new[None, :]

@@ -10,9 +10,8 @@ from torch import Tensor
 from difyops.engine.kernels.functions import softplus
 from difyops.engine.kernels.spans import Spans
 
-#: Rows of a head's state that one program holds; they do not depend on each other.
-_TILE = 64
-_WARPS = 4
+#: Rows of a head's state that one program holds, and its warps; see gated_delta.py.
+_STEP, _PROMPT = (16, 1), (4, 1)
 
 
 def run(
@@ -33,14 +32,15 @@ def run(
     `skip` D."""
     heads, head_dim, state_dim = state.shape[1:]
     out = torch.empty(len(xbc), heads * head_dim, dtype=torch.float32, device=xbc.device)
-    tile = min(_TILE, triton.next_power_of_2(head_dim))
+    tile, warps = _STEP if spans.short else _PROMPT
+    tile = min(tile, triton.next_power_of_2(head_dim))
     pointers = spans.pointers
     _run[(len(slots), heads, triton.cdiv(head_dim, tile))](
         xbc, dt, state, slots, *(pointers or (slots, slots)), rate, dt_bias, skip, out,
         xbc.stride(0), dt.stride(0), state.stride(0), spans.count, dt_min, dt_max,
         heads // groups, groups, head_dim, state_dim,
         PACKED=pointers is not None, KEPT=spans.kept,
-        ROWS=tile, COLUMNS=triton.next_power_of_2(state_dim), num_warps=_WARPS,
+        ROWS=tile, COLUMNS=triton.next_power_of_2(state_dim), num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -68,13 +68,26 @@ def _run(
         first, last = tl.load(begin + row), tl.load(end + row)
     else:
         first, last = row * count, row * count + count
+    # What the next token needs is on its way while this one is computed.
+    there = first < last
+    token, shared_part = xbc + first * xbc_step, inner + column
+    next_x = tl.load(token + head * head_dim + p, mask=there & (p < head_dim), other=0)
+    next_b = tl.load(token + shared_part, mask=there & (n < state_dim), other=0)
+    next_c = tl.load(
+        token + groups * state_dim + shared_part, mask=there & (n < state_dim), other=0
+    )
+    next_dt = tl.load(dt + first * dt_step + head, mask=there, other=0)
     for t in range(first, last):
-        token = xbc + t * xbc_step
-        x = tl.load(token + head * head_dim + p, mask=p < head_dim, other=0).to(tl.float32)
-        token = token + inner
-        b = tl.load(token + column, mask=n < state_dim, other=0).to(tl.float32)
-        c = tl.load(token + groups * state_dim + column, mask=n < state_dim, other=0)
-        delay = softplus(tl.load(dt + t * dt_step + head).to(tl.float32) + bias)
+        x, b, c = next_x.to(tl.float32), next_b.to(tl.float32), next_c
+        delay = softplus(next_dt.to(tl.float32) + bias)
+        there = t + 1 < last
+        token = xbc + (t + 1) * xbc_step
+        next_x = tl.load(token + head * head_dim + p, mask=there & (p < head_dim), other=0)
+        next_b = tl.load(token + shared_part, mask=there & (n < state_dim), other=0)
+        next_c = tl.load(
+            token + groups * state_dim + shared_part, mask=there & (n < state_dim), other=0
+        )
+        next_dt = tl.load(dt + (t + 1) * dt_step + head, mask=there, other=0)
         delay = tl.minimum(tl.maximum(delay, dt_min), dt_max)
         h = h * tl.exp(speed * delay) + (delay * x)[:, None] * b[None, :]
         mixed = tl.sum(h * c.to(tl.float32)[None, :], 1) + x * through

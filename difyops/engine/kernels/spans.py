@@ -29,6 +29,11 @@ class Spans:
         return cls(begin=begin, end=begin + lengths)
 
     @property
+    def short(self) -> bool:
+        """Whether it is a step, or a few tokens each."""
+        return self.begin is None and self.count <= 8
+
+    @property
     def pointers(self) -> tuple[Tensor, Tensor] | None:
         """What a kernel is given of begin and end."""
         return None if self.begin is None or self.end is None else (self.begin, self.end)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from difyops.engine.kernels.spans import Spans
 
-#: Values that one program holds the state of; they do not depend on each other.
-_TILE = 32
-_WARPS = 1
+#: Values that one program holds the state of, and its warps; see gated_delta.py.
+_STEP, _PROMPT = (64, 4), (8, 1)
 
 
 def run(
@@ -37,7 +36,8 @@ def run(
     """
     heads, key_dim, value_dim = state.shape[1:]
     out = torch.empty(*q.shape[:2], value_dim, dtype=torch.float32, device=q.device)
-    tile = min(_TILE, triton.next_power_of_2(value_dim))
+    tile, warps = _STEP if spans.short else _PROMPT
+    tile = min(tile, triton.next_power_of_2(value_dim))
     tiles = triton.cdiv(value_dim, tile)
     # Every tile needs the norms, and none may change them while another reads.
     after = norms if norms is None or tiles == 1 else norms.new_empty(len(slots), *norms.shape[1:])
@@ -49,7 +49,7 @@ def run(
         0 if norms is None else norms.stride(0), spans.count, eps, key_dim, value_dim,
         SHARED=q.shape[1] // heads, ELU=elu, NORMED=norms is not None,
         DECAYED=log_decay is not None, PACKED=pointers is not None, KEPT=spans.kept,
-        APART=tiles > 1, KEYS=triton.next_power_of_2(key_dim), VALUES=tile, num_warps=_WARPS,
+        APART=tiles > 1, KEYS=triton.next_power_of_2(key_dim), VALUES=tile, num_warps=warps,
     )  # fmt: skip
     if after is not None and tiles > 1 and spans.kept:
         norms.index_copy_(0, slots, after)  # type: ignore[union-attr]
@@ -93,10 +93,17 @@ def _run(
         first, last = tl.load(begin + row), tl.load(end + row)
     else:
         first, last = row * count, row * count + count
+    # What the next token needs is on its way while this one is computed.
+    there = first < last
+    from_k, from_v = k + head * key_dim + i, v + head * value_dim + j
+    next_key = tl.load(from_k + first * k_step, mask=there & inside, other=0)
+    next_value = tl.load(from_v + first * v_step, mask=there & (j < value_dim), other=0)
     for t in range(first, last):
-        key = tl.load(k + t * k_step + head * key_dim + i, mask=inside, other=0).to(tl.float32)
+        key, value = next_key.to(tl.float32), next_value
+        there = t + 1 < last
+        next_key = tl.load(from_k + (t + 1) * k_step, mask=there & inside, other=0)
+        next_value = tl.load(from_v + (t + 1) * v_step, mask=there & (j < value_dim), other=0)
         key = tl.where(inside, _feature(key, ELU), 0)
-        value = tl.load(v + t * v_step + head * value_dim + j, mask=j < value_dim, other=0)
         s = s * decay + key[:, None] * value.to(tl.float32)[None, :]
         z = z + key
         for member in tl.static_range(SHARED):

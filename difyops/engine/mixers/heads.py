@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -83,9 +84,9 @@ class HeadMixer(RecurrentMixer):
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         return (
-            q.unflatten(-1, (o.heads, o.head_dim)),
-            k.unflatten(-1, (self.kv_heads, o.head_dim)),
-            v.unflatten(-1, (self.kv_heads, self.value_dim)),
+            torch.unflatten(q, -1, (o.heads, o.head_dim)),
+            torch.unflatten(k, -1, (self.kv_heads, o.head_dim)),
+            torch.unflatten(v, -1, (self.kv_heads, self.value_dim)),
         )
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class Mamba2(RecurrentMixer):
         if self.fused:
             mixed = product(x, self.in_proj.weight, self.in_proj.bias)
             parts = [self.inner, self.conv1d.in_channels, self.options.heads]
-            return dict(zip(("gate", "xBC", "dt"), mixed.split(parts, -1), strict=True))
+            return dict(zip(("gate", "xBC", "dt"), torch.split(mixed, parts, dim=-1), strict=True))
         mixed = self._in_proj(x, slice(self.inner, None))
         xbc, dt = torch.split(mixed, [self.conv1d.in_channels, self.options.heads], dim=-1)
         return {"xBC": xbc, "dt": dt}

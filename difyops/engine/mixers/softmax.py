@@ -181,11 +181,11 @@ class Softmax(Mixer):
         """What the projections answer -> q, the gate [..., H, Dv], k and v, by head."""
         o, gate = self.options, None
         if o.gated:
-            q, gate = q.unflatten(-1, (o.heads, 2 * o.head_dim)).chunk(2, dim=-1)
+            q, gate = torch.unflatten(q, -1, (o.heads, 2 * o.head_dim)).chunk(2, dim=-1)
         else:
-            q = q.unflatten(-1, (o.heads, o.head_dim))
-        k = k.unflatten(-1, (o.kv_heads, o.head_dim))
-        return q, gate, k, v.unflatten(-1, (o.kv_heads, self.value_dim))
+            q = torch.unflatten(q, -1, (o.heads, o.head_dim))
+        k = torch.unflatten(k, -1, (o.kv_heads, o.head_dim))
+        return q, gate, k, torch.unflatten(v, -1, (o.kv_heads, self.value_dim))
 
     def _store(
         self, k: Tensor, v: Tensor, state: LayerState, slots: Tensor, positions: Tensor

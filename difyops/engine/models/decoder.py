@@ -56,7 +56,8 @@ class Block(nn.Module):
         if self.mlp is None or self.mlp_norm is None:
             return x + mixed
         x, normed = self.mlp_norm.add(x, mixed)
-        return x + self.mlp(normed)
+        through: Tensor = x + self.mlp(normed)
+        return through
 
 
 class Decoder(nn.Module):
