@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from difyops.engine.kernels.functions import ahead, wait
+
 _BLOCK = 64
 #: Programs that fill a GPU, about; a long context is read by several of them.
 _PROGRAMS = 256
@@ -53,7 +55,7 @@ def place(
         count, heads, kv_heads, key_dim, value_dim,
         0 if frequencies is None else frequencies.numel(),
         NORMED=q_norm is not None, TURNED=frequencies is not None, PAGE=page_size, WIDE=widest,
-        num_warps=1,
+        num_warps=1, **ahead(q),
     )  # fmt: skip
     return out
 
@@ -90,12 +92,14 @@ def attend(
         COUNT=count, SHARED=shared, ROWS=max(16, triton.next_power_of_2(count * shared)),
         PAGE=page_size, BLOCK=_BLOCK, KEYS=max(16, triton.next_power_of_2(key_dim)),
         VALUES=max(16, wide), num_warps=4, num_stages=2,
+        **ahead(q),
     )  # fmt: skip
     out = torch.empty(batch, count, heads, value_dim, dtype=q.dtype, device=q.device)
     _join[(batch * count, heads)](
         part, weights[0], weights[1], q if gate is None else gate, out,
         0 if gate is None else _token_step(gate), 0 if gate is None else gate.stride(2), value_dim,
         GATED=gate is not None, SPLITS=splits, VALUES=wide, num_warps=2,
+        **ahead(q),
     )  # fmt: skip
     return out
 
@@ -111,7 +115,9 @@ def _place(
     q_step, q_head, k_step, v_step, table_step, eps, offset, scale,
     count, heads, kv_heads, key_dim, value_dim, half,
     NORMED: tl.constexpr, TURNED: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
+    wait(AHEAD)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     slot = tl.load(slots + token // count)
@@ -157,8 +163,9 @@ def _attend(
     q, keys, values, table, lengths, slots, part, tops, sums,
     table_step, scale, key_dim, value_dim,
     COUNT: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    wait(AHEAD)
     row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
     slot = tl.load(slots + row)
@@ -220,8 +227,9 @@ def _attend(
 @triton.jit
 def _join(
     part, tops, sums, gate, out, gate_step, gate_head, value_dim,
-    GATED: tl.constexpr, SPLITS: tl.constexpr, VALUES: tl.constexpr,
+    GATED: tl.constexpr, SPLITS: tl.constexpr, VALUES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    wait(AHEAD)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     query = token * tl.num_programs(1) + head
     s, j = tl.arange(0, SPLITS), tl.arange(0, VALUES)

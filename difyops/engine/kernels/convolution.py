@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from difyops.engine.kernels.functions import ahead, wait
 from difyops.engine.kernels.spans import Spans
 
 _BLOCK = 256
@@ -37,11 +38,13 @@ def run(
         pointers[0] if pointers else slots, out, x.stride(0), tail.stride(0), channels,
         spans.count, len(slots),
         BIASED=bias is not None, PACKED=packed, WIDTH=weight.shape[-1], BLOCK=_BLOCK, num_warps=2,
+        **ahead(x),
     )  # fmt: skip
     if spans.kept:
         _move[(len(slots), blocks)](
             x, tail, slots, *(pointers or (slots, slots)), x.stride(0), tail.stride(0), channels,
             spans.count, PACKED=packed, WIDTH=weight.shape[-1], BLOCK=_BLOCK, num_warps=2,
+            **ahead(x),
         )  # fmt: skip
     return out
 
@@ -54,6 +57,7 @@ def _one(
         x, weight, weight if bias is None else bias, tail, slots, out,
         x.stride(0), tail.stride(0), channels,
         BIASED=bias is not None, WIDTH=weight.shape[-1], BLOCK=_BLOCK, num_warps=2,
+        **ahead(x),
     )  # fmt: skip
 
 
@@ -61,7 +65,9 @@ def _one(
 def _step(
     x, weight, bias, tail, slots, out, x_step, tail_step, channels,
     BIASED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
+    wait(AHEAD)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < channels
@@ -85,7 +91,9 @@ def _step(
 def _many(
     x, weight, bias, tail, slots, which, begin, out, x_step, tail_step, channels, count, sequences,
     BIASED: tl.constexpr, PACKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
+    wait(AHEAD)
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < channels
@@ -116,7 +124,9 @@ def _many(
 def _move(
     x, tail, slots, begin, end, x_step, tail_step, channels, count,
     PACKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
+    wait(AHEAD)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < channels

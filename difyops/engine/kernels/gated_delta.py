@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from difyops.engine.kernels.functions import softplus
+from difyops.engine.kernels.functions import ahead, softplus, wait
 from difyops.engine.kernels.spans import Spans
 
 #: Values that one program holds the state of, and its warps: values do not depend on each other.
@@ -42,6 +42,7 @@ def run(
         heads // key_heads, key_heads * key_dim, key_dim, value_dim,
         PACKED=pointers is not None, KEPT=spans.kept,
         KEYS=triton.next_power_of_2(key_dim), VALUES=tile, num_warps=warps,
+        **ahead(qkv),
     )  # fmt: skip
     return out
 
@@ -57,6 +58,7 @@ def _run(
     qkv_step, a_step, b_step, state_step, count,
     shared, all_keys, key_dim, value_dim,
     PACKED: tl.constexpr, KEPT: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head, heads = tl.program_id(1), tl.num_programs(1)
@@ -67,6 +69,7 @@ def _run(
     place = state + slot * state_step + head * key_dim * value_dim
     place = place + i[:, None] * value_dim + j[None, :]
     s = tl.load(place, mask=mine, other=0).to(tl.float32)
+    wait(AHEAD)
     key, value = (head // shared) * key_dim + i, head * value_dim + j
     speed = -tl.exp(tl.load(rate + head).to(tl.float32))
     bias = tl.load(dt_bias + head).to(tl.float32)

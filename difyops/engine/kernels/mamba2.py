@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from difyops.engine.kernels.functions import softplus
+from difyops.engine.kernels.functions import ahead, softplus, wait
 from difyops.engine.kernels.spans import Spans
 
 #: Rows of a head's state that one program holds, and its warps; see gated_delta.py.
@@ -41,6 +41,7 @@ def run(
         heads // groups, groups, head_dim, state_dim,
         PACKED=pointers is not None, KEPT=spans.kept,
         ROWS=tile, COLUMNS=triton.next_power_of_2(state_dim), num_warps=warps,
+        **ahead(xbc),
     )  # fmt: skip
     return out
 
@@ -51,6 +52,7 @@ def _run(
     xbc_step, dt_step, state_step, count, dt_min, dt_max,
     shared, groups, head_dim, state_dim,
     PACKED: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head, heads = tl.program_id(1), tl.num_programs(1)
@@ -61,6 +63,7 @@ def _run(
     place = state + slot * state_step + head * head_dim * state_dim
     place = place + p[:, None] * state_dim + n[None, :]
     h = tl.load(place, mask=mine, other=0).to(tl.float32)
+    wait(AHEAD)
     speed = -tl.exp(tl.load(rate + head).to(tl.float32))
     bias, through = tl.load(dt_bias + head).to(tl.float32), tl.load(skip + head).to(tl.float32)
     inner, column = heads * head_dim, (head // shared) * state_dim + n

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from difyops.engine.kernels.functions import ahead, wait
+
 
 def add_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float
@@ -20,7 +22,7 @@ def add_norm(
     block = triton.next_power_of_2(width)
     _add_norm[(x.numel() // width,)](
         x, other, weight, total, out, width, eps, offset,
-        ADD=delta is not None, BLOCK=block, num_warps=_warps(block),
+        ADD=delta is not None, BLOCK=block, num_warps=_warps(block), **ahead(x),
     )  # fmt: skip
     return total, out
 
@@ -36,7 +38,7 @@ def gated_norm(
     _gated_norm[(count, groups)](
         x, gate, weight, out, width // groups, weight.numel() - width // groups,
         x.stride(0), gate.stride(0), out.stride(0), eps,
-        GATE_FIRST=gate_first, BLOCK=block, num_warps=_warps(block),
+        GATE_FIRST=gate_first, BLOCK=block, num_warps=_warps(block), **ahead(x),
     )  # fmt: skip
     return out
 
@@ -46,7 +48,7 @@ def silu_product(both: Tensor) -> Tensor:
     width = both.shape[-1] // 2
     out = torch.empty(*both.shape[:-1], width, dtype=both.dtype, device=both.device)
     grid = (both.numel() // (2 * width), triton.cdiv(width, 1024))
-    _silu_product[grid](both, out, width, BLOCK=1024)
+    _silu_product[grid](both, out, width, BLOCK=1024, **ahead(both))
     return out
 
 
@@ -56,8 +58,19 @@ def _warps(block: int) -> int:
 
 @triton.jit
 def _add_norm(
-    x, delta, weight, total, out, width, eps, offset, ADD: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    delta,
+    weight,
+    total,
+    out,
+    width,
+    eps,
+    offset,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
+    wait(AHEAD)
     row = tl.program_id(0).to(tl.int64) * width
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -79,8 +92,9 @@ def _add_norm(
 @triton.jit
 def _gated_norm(
     x, gate, weight, out, width, spread, x_step, gate_step, out_step, eps,
-    GATE_FIRST: tl.constexpr, BLOCK: tl.constexpr,
+    GATE_FIRST: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    wait(AHEAD)
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     at = tl.arange(0, BLOCK)
@@ -100,7 +114,8 @@ def _gated_norm(
 
 
 @triton.jit
-def _silu_product(both, out, width, BLOCK: tl.constexpr):
+def _silu_product(both, out, width, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
+    wait(AHEAD)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from difyops.engine.kernels.functions import ahead, wait
+
 #: Up to so many outputs a program makes one each, so that there are enough programs.
 _FEW = 2048
 
@@ -33,6 +35,7 @@ def _launched(
     _row[(triton.cdiv(count, rows),)](
         x.contiguous(), weight, weight if bias is None else bias, out, count, width,
         BIASED=bias is not None, SILU=silu, ROWS=rows, COLUMNS=columns, num_warps=4,
+        **ahead(x),
     )  # fmt: skip
     return out
 
@@ -41,6 +44,7 @@ def _launched(
 def _row(
     x, weight, bias, out, count, width,
     BIASED: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, COLUMNS)
@@ -48,13 +52,21 @@ def _row(
     second = count.to(tl.int64) * width
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     other = tl.zeros([ROWS, COLUMNS], tl.float32)
+    # Weights are on their way before the row is there, and before it is their turn.
+    ours = (n < count)[:, None]
+    held = tl.load(place, mask=ours & (k < width)[None, :], other=0)
+    if SILU:
+        gated = tl.load(place + second, mask=ours & (k < width)[None, :], other=0)
+    wait(AHEAD)
     for start in range(0, width, COLUMNS):
-        inside = start + k < width
-        mine = (n < count)[:, None] & inside[None, :]
-        now = tl.load(x + start + k, mask=inside, other=0).to(tl.float32)[None, :]
-        total += tl.load(place + start, mask=mine, other=0).to(tl.float32) * now
+        now = tl.load(x + start + k, mask=start + k < width, other=0).to(tl.float32)[None, :]
+        later = start + COLUMNS
+        mine = ours & (later + k < width)[None, :]
+        total += held.to(tl.float32) * now
+        held = tl.load(place + later, mask=mine, other=0)
         if SILU:
-            other += tl.load(place + second + start, mask=mine, other=0).to(tl.float32) * now
+            other += gated.to(tl.float32) * now
+            gated = tl.load(place + second + later, mask=mine, other=0)
     a, b = tl.sum(total, 1), tl.sum(other, 1)
     kind = out.dtype.element_ty
     if BIASED:

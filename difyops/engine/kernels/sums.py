@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from difyops.engine.kernels.functions import ahead, wait
 from difyops.engine.kernels.spans import Spans
 
 #: Values that one program holds the state of, and its warps; see gated_delta.py.
@@ -50,6 +51,7 @@ def run(
         SHARED=q.shape[1] // heads, ELU=elu, NORMED=norms is not None,
         DECAYED=log_decay is not None, PACKED=pointers is not None, KEPT=spans.kept,
         APART=tiles > 1, KEYS=triton.next_power_of_2(key_dim), VALUES=tile, num_warps=warps,
+        **ahead(q),
     )  # fmt: skip
     if after is not None and tiles > 1 and spans.kept:
         norms.index_copy_(0, slots, after)  # type: ignore[union-attr]
@@ -70,7 +72,7 @@ def _run(
     q_step, k_step, v_step, state_step, norms_step, count, eps, key_dim, value_dim,
     SHARED: tl.constexpr, ELU: tl.constexpr, NORMED: tl.constexpr, DECAYED: tl.constexpr,
     PACKED: tl.constexpr, KEPT: tl.constexpr, APART: tl.constexpr,
-    KEYS: tl.constexpr, VALUES: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head, heads = tl.program_id(1), tl.num_programs(1)
@@ -82,6 +84,7 @@ def _run(
     place = state + slot * state_step + head * key_dim * value_dim
     place = place + i[:, None] * value_dim + j[None, :]
     s = tl.load(place, mask=mine, other=0).to(tl.float32)
+    wait(AHEAD)
     z = tl.zeros([KEYS], tl.float32)
     if NORMED:
         total = slot * norms_step + head * key_dim + i
