@@ -167,11 +167,8 @@ def up(
         raise UsageError(
             "mode compose cannot be brought up yet", "difyops up --source (no Docker, no root)"
         )
-    progress = report.Lines(root.resolve())
-    try:
+    with report.Lines(root.resolve()) as progress:
         result = bringup.run(root, dify, progress, wire=wire, tell=report.preflight)
-    finally:
-        progress.close()
     if json:
         report.emit_json(result.as_json())
     else:
@@ -194,12 +191,8 @@ def down(context: typer.Context) -> None:
         # A typo in difyops.yaml must not keep what runs from being stopped.
         supervise.stop_unread(_options(context).root.resolve())
         raise
-    progress = report.Lines(deployment.paths.root)
-    try:
-        with lock.held(deployment.paths, "down"):
-            supervise.stop_all(deployment, wanted, progress)
-    finally:
-        progress.close()
+    with report.Lines(deployment.paths.root) as progress, lock.held(deployment.paths, "down"):
+        supervise.stop_all(deployment, wanted, progress)
 
 
 @app.command(epilog="Examples: difyops restart | difyops restart api worker")
@@ -212,12 +205,8 @@ def restart(
     from difyops import source as source_mode
 
     deployment = _load(context)
-    progress = report.Lines(deployment.paths.root)
-    try:
-        with lock.held(deployment.paths, "restart"):
-            source_mode.restart(deployment, services or [], progress)
-    finally:
-        progress.close()
+    with report.Lines(deployment.paths.root) as progress, lock.held(deployment.paths, "restart"):
+        source_mode.restart(deployment, services or [], progress)
 
 
 @app.command(epilog="Examples: difyops status | difyops status --json")
@@ -290,34 +279,41 @@ def wire(context: typer.Context, json: Json = False) -> None:
     from difyops import lock, proof, report
 
     deployment = _load(context)
-    progress = report.Lines(deployment.paths.root)
-    try:
-        with lock.held(deployment.paths, "wire"):
-            wired = proof.wire(deployment, progress)
-    finally:
-        progress.close()
+    with report.Lines(deployment.paths.root) as progress, lock.held(deployment.paths, "wire"):
+        wired = proof.wire(deployment, progress)
     if json:
         report.emit_json({"version": 1, **wired.as_dict()})
     else:
         report.wired(wired)
 
 
-@app.command(epilog="Examples: difyops doctor --only pg | difyops doctor --json")
+@app.command(epilog="Examples: difyops doctor --only pg | difyops doctor --json | "
+             "difyops doctor --url http://10.0.0.5:8000/v1")  # fmt: skip
 def doctor(
     context: typer.Context,
     only: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="A check or topic; may be repeated.")
     ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Check this OpenAI-compatible server (…/v1) instead of a deployment: that it "
+            "answers, and the same whichever way. Its key as for `difyops chat`."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With --url; without it: its first.")] = None,
     json: Json = False,
 ) -> None:
     """Check everything; each finding comes with the fix. Exit 1 if something failed."""
-    from difyops import checks
+    from difyops import checks, deployment
     from difyops import doctor as doctoring
 
-    deployment = _load(context)
+    if model and not url:
+        raise UsageError("--model is for a server that --url names", "--url http://HOST:PORT/v1")
+    known = deployment.of_server(url, model) if url else _load(context)
+    names = only or (checks.OF_A_SERVER if url else None)
     every = checks.ALL
-    found = doctoring.run(deployment, doctoring.select(every, only) if only else every)
-    _finish(found, json)
+    _finish(doctoring.run(known, doctoring.select(every, names) if names else every), json)
 
 
 def _finish(found: Report, json: bool) -> None:
@@ -344,11 +340,8 @@ def demo(
     from difyops import report
 
     root = _options(context).root / directory
-    progress = report.Lines(root.resolve())
-    try:
+    with report.Lines(root.resolve()) as progress:
         result, chat = demonstration.run(root, dify, progress, tell=report.preflight)
-    finally:
-        progress.close()
     if not result.preflight.healthy:
         raise typer.Exit(EXIT_CANNOT_START)
     if result.report:
@@ -445,12 +438,11 @@ def secrets_apply(context: typer.Context) -> None:
     from difyops import source as source_mode
 
     deployment = _load(context)
-    progress = report.Lines(deployment.paths.root)
-    try:
-        with lock.held(deployment.paths, "secrets apply"):
-            source_mode.apply_passwords(deployment, progress)
-    finally:
-        progress.close()
+    with (
+        report.Lines(deployment.paths.root) as progress,
+        lock.held(deployment.paths, "secrets apply"),
+    ):
+        source_mode.apply_passwords(deployment, progress)
 
 
 def _options(context: typer.Context) -> Options:

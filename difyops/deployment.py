@@ -42,6 +42,34 @@ def load(root: Path, source: str | None = None) -> Deployment:
     return Deployment(paths, wanted, secrets, release, user, facts, known.source)
 
 
+def of_server(url: str, model: str | None) -> Deployment:
+    """Nothing but a model server that somebody else runs; nothing of it is on disk. Without
+    `model` the server's first.
+
+    Raises UsageError for what is no URL, and DifyopsError when the server has to be asked for its
+    models and cannot be.
+    """
+    # Imported here: every command loads a deployment, and few ask a server.
+    from difyops.backends import probe
+    from difyops.openai_client import key_for
+
+    key = key_for(url)
+    if model is None:
+        try:
+            found = [about.id for about in probe.describe(url, key) if not about.dimensions]
+        except DifyopsError as error:
+            hint = error.hint or "its key is taken from DIFYOPS_MODEL_API_KEY"
+            raise DifyopsError(error.message, hint) from error
+        if not found:
+            raise DifyopsError(f"{url} has no chat model", "--model NAME")
+        model = found[0]
+    external = {"backend": "external", "url": url, "name": model}
+    wanted = settings.parse({"dify": {"enabled": False}, "model": external, "embedding": None})
+    paths = Paths(Path.cwd())
+    kept = Secrets({"EXTERNAL_MODEL_API_KEY": key} if key else {}, paths.secrets)
+    return Deployment(paths, wanted, kept, releases.get(wanted.dify.version), None)
+
+
 def _queues(tree: Path) -> tuple[str, ...]:
     """Empty for a damaged checkout: it must still be possible to stop, and to look."""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from difyops.errors import DifyopsError, UsageError
+from difyops.loopback import is_loopback
 from difyops.secrets import Secret
 
 if TYPE_CHECKING:
@@ -112,17 +112,9 @@ def parse_event(body: Any) -> Event:
 def key_for(url: str) -> Secret | None:
     """The key of the environment for a server that somebody names: DIFYOPS_MODEL_API_KEY; on
     loopback, without that, DIFYOPS_API_KEY, which `difyops serve` takes."""
-    names = [KEY_VARIABLE, *([SERVE_KEY_VARIABLE] if _is_loopback(url) else [])]
+    names = [KEY_VARIABLE, *([SERVE_KEY_VARIABLE] if is_loopback(urlsplit(url).hostname) else [])]
     value = next((value for name in names if (value := os.environ.get(name))), None)
     return Secret(value) if value else None
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def connection(url: str, key: Secret | None) -> dict[str, Any]:
@@ -144,7 +136,7 @@ def connection(url: str, key: Secret | None) -> dict[str, Any]:
         # llama.cpp closes connections when it likes; one that is reused may be a dead one.
         "limits": httpx.Limits(max_connections=None, max_keepalive_connections=0),
         # A proxy of the environment has no business on loopback.
-        "trust_env": parts.hostname not in ("127.0.0.1", "localhost", "::1"),
+        "trust_env": not is_loopback(parts.hostname),
     }
 
 
@@ -235,7 +227,7 @@ def refusal(url: str, status: int, headers: Mapping[str, str], body: bytes) -> R
     if status in (401, 403):
         message = f"{url} refuses the API key ({status})"
         hint = "with --url, the key is taken from DIFYOPS_MODEL_API_KEY"
-        if _is_loopback(url):
+        if is_loopback(urlsplit(url).hostname):
             hint += " or, on this machine, from DIFYOPS_API_KEY"
     elif said.startswith("max_tokens"):
         hint = "a smaller --max-tokens, or none: then the context is the bound"

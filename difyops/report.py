@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from difyops.errors import DifyopsError, StepError
 from difyops.secrets import REDACTED, Secret
@@ -114,7 +114,8 @@ def _short(path: Path, root: Path | None) -> str:
 
 class Lines:
     """Progress: a line a finished step. On a terminal a spinner for the one at work; elsewhere a
-    sign of life now and then, since a log that is silent for minutes looks hung."""
+    sign of life now and then, since a log that is silent for minutes looks hung. Both end with the
+    `with` that it is used in, or with `close`."""
 
     def __init__(self, root: Path | None = None, *, silence: float = 15.0) -> None:
         self._console = _console(stderr=True)
@@ -125,6 +126,12 @@ class Lines:
         self._text = ""
         self._over = threading.Event()
         self._pulse: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
 
     def started(self, name: str, log: Path | None = None) -> None:
         self._stop()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -118,11 +119,41 @@ def reachable(host: str, port: int) -> str:
     return f"http://{f'[{reach}]' if ':' in reach else reach}:{port}"
 
 
-def embedding_fields(embedding: EmbeddingSpec) -> dict[str, object]:
-    """An embedding model as our servers' configuration files have it.
+def own_server(
+    name: str, module: str, spec: Spec, llm_fields: Callable[[LlmSpec], dict[str, object]]
+) -> Backend:
+    """The backend `name` as a server of ours, `python -m MODULE --config`.
 
-    Raises UsageError when one of its files is not named.
+    `llm_fields` is a chat model as its configuration file has it. Raises UsageError when
+    `spec.config` or a model's file is not named.
     """
+    if spec.config is None:
+        raise UsageError(f"{name}: no path for its configuration file")
+    root = reachable(spec.host, spec.port)
+    return Backend(
+        name=name,
+        command=(spec.python, "-m", module, "--config", str(spec.config)),
+        base_url=f"{root}/v1",
+        health_url=f"{root}/health",
+        capabilities=capabilities(spec),
+        files=MappingProxyType({spec.config: Secret(_config_text(name, spec, llm_fields))}),
+    )
+
+
+def _config_text(name: str, spec: Spec, llm_fields: Callable[[LlmSpec], dict[str, object]]) -> str:
+    """The JSON file that a server of ours reads. It holds the key: 0600."""
+    if spec.llm is None and spec.embedding is None:
+        raise UsageError(f"model: {name} has nothing to serve", "name a model or an embedding")
+    content: dict[str, object] = {"host": spec.host, "port": spec.port}
+    content["api_key"] = spec.api_key.reveal() if spec.api_key else None
+    if spec.llm is not None:
+        content["llm"] = llm_fields(spec.llm)
+    if spec.embedding is not None:
+        content["embedding"] = _embedding_fields(spec.embedding)
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _embedding_fields(embedding: EmbeddingSpec) -> dict[str, object]:
     if embedding.model is None or embedding.tokenizer is None:
         raise UsageError(f"embedding {embedding.id}: the paths of its two files are needed")
     return {

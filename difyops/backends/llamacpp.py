@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from types import MappingProxyType
-from typing import Any
-
-from difyops.backends import Backend, Spec, capabilities, embedding_fields, reachable
+from difyops.backends import Backend, LlmSpec, Spec, own_server
 from difyops.errors import UsageError
-from difyops.secrets import Secret
-
-
-def config_text(spec: Spec) -> str:
-    """The JSON file that `python -m difyops.serving --config` reads. It holds the key: 0600.
-
-    Raises UsageError for a spec without a model, or with a model whose files are not named.
-    """
-    llm, embedding = spec.llm, spec.embedding
-    if llm is None and embedding is None:
-        raise UsageError("model: llamacpp has nothing to serve", "name a model or an embedding")
-    content: dict[str, Any] = {"host": spec.host, "port": spec.port}
-    content["api_key"] = spec.api_key.reveal() if spec.api_key else None
-    if llm is not None:
-        if llm.path is None or llm.context is None:
-            raise UsageError(f"model {llm.id}: llamacpp needs a GGUF file's path and a context")
-        content["llm"] = {
-            "id": llm.id,
-            "path": str(llm.path),
-            "context": llm.context,
-            "parallel": llm.parallel,
-            "threads": llm.threads,
-            "tools": llm.tools,
-        }
-    if embedding is not None:
-        content["embedding"] = embedding_fields(embedding)
-    return json.dumps(content, indent=2) + "\n"
 
 
 def build(spec: Spec) -> Backend:
     """Raises UsageError when `spec.config` or a model's file is not named."""
-    if spec.config is None:
-        raise UsageError("llamacpp: no path for its configuration file")
-    root = reachable(spec.host, spec.port)
-    return Backend(
-        name="llamacpp",
-        command=(spec.python, "-m", "difyops.serving", "--config", str(spec.config)),
-        base_url=f"{root}/v1",
-        health_url=f"{root}/health",
-        capabilities=capabilities(spec),
-        files=MappingProxyType({spec.config: Secret(config_text(spec))}),
-    )
+    return own_server("llamacpp", "difyops.serving", spec, _llm_fields)
+
+
+def _llm_fields(llm: LlmSpec) -> dict[str, object]:
+    if llm.path is None or llm.context is None:
+        raise UsageError(f"model {llm.id}: llamacpp needs a GGUF file's path and a context")
+    return {
+        "id": llm.id,
+        "path": str(llm.path),
+        "context": llm.context,
+        "parallel": llm.parallel,
+        "threads": llm.threads,
+        "tools": llm.tools,
+    }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from difyops.errors import DifyopsError
+from difyops.loopback import is_loopback
 from difyops.secrets import Secret
 
 if TYPE_CHECKING:
@@ -247,7 +248,7 @@ def _session(base_url: str, api_key: Secret | None) -> Iterator[requests.Session
 
     with requests.Session() as session:
         # A proxy of the environment, or a .netrc, has no business on loopback.
-        session.trust_env = urlsplit(base_url).hostname not in ("127.0.0.1", "localhost", "::1")
+        session.trust_env = not is_loopback(urlsplit(base_url).hostname)
         if api_key:
             session.auth = _bearer(api_key)
         yield session

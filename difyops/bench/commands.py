@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from difyops.errors import EXIT_FAILED, UsageError
 from difyops.serve_command import Dtype
+
+if TYPE_CHECKING:
+    from difyops.bench import gpu as of_a_gpu
+    from difyops.bench import serve as of_servers
+    from difyops.bench import spec as of_speculation
+
+Found = TypeVar("Found", "of_servers.Comparison", "of_speculation.Found", "of_a_gpu.Found")
 
 app = typer.Typer(
     help="Measure, beside others, on this machine.", no_args_is_help=True, rich_markup_mode=None
@@ -58,15 +66,9 @@ def serve(
         model, tuple(dict.fromkeys(url or ())), tuple(dict.fromkeys(peer or ())), _numbers(streams),
         tokens, prompt_tokens, threads or default_threads(),
     )  # fmt: skip
-    progress = report.Lines()
-    try:
+    with report.Lines() as progress:
         found = serving.run(wanted, progress)
-    finally:
-        progress.close()
-    if json:
-        report.emit_json(found.as_json())
-    else:
-        report.benchmark(found)
+    _emit(found, report.benchmark, json)
     if not found.complete:
         raise typer.Exit(EXIT_FAILED)
 
@@ -111,15 +113,9 @@ def spec(
         model, _numbers(streams), tokens, turns, threads or default_threads(),
         _lines(prompts) if prompts else speculating.PROMPTS, draft, device, dtype.value,
     )  # fmt: skip
-    progress = report.Lines()
-    try:
+    with report.Lines() as progress:
         found = speculating.run(wanted, progress)
-    finally:
-        progress.close()
-    if json:
-        report.emit_json(found.as_json())
-    else:
-        report.speculation(found)
+    _emit(found, report.speculation, json)
     if plot is not None:
         picture.draw(found, plot)
     if not found.exact:
@@ -144,15 +140,18 @@ def gpu(
 
     shapes = tuple(dict.fromkeys(shape or measuring.SHAPES))
     numbers = _numbers(sequences, "--sequences")
-    progress = report.Lines()
-    try:
+    with report.Lines() as progress:
         found = measuring.run(measuring.Wanted(shapes, numbers, eager=eager), progress)
-    finally:
-        progress.close()
+    _emit(found, report.gpu, json)
+
+
+def _emit(found: Found, table: Callable[[Found], None], json: bool) -> None:
+    from difyops import report
+
     if json:
         report.emit_json(found.as_json())
     else:
-        report.gpu(found)
+        table(found)
 
 
 def _lines(path: Path) -> list[str]:

@@ -53,7 +53,8 @@ def _speeds(found: Found, axes: Any) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s, off = 1")
     axes.set_title("Speculation")
-    axes.legend()
+    # Below the axes: inside it would hide bars.
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(levels), frameon=False)
 
 
 def _turns(found: Found, axes: Any) -> None:
@@ -61,6 +62,7 @@ def _turns(found: Found, axes: Any) -> None:
     axes.plot(numbers, [t.without * 1000 for t in found.turns], "o-", label="without")
     axes.plot(numbers, [t.cached * 1000 for t in found.turns], "o-", label="with prefix cache")
     axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("turn")
     axes.set_ylabel("time to first token, ms")
     axes.set_title("A conversation")

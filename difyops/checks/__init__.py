@@ -30,6 +30,9 @@ CHAT: tuple[Check, ...] = tuple(chat.check.checks)
 #: What asks the model for many answers: seconds that `up` need not take.
 EXACT: tuple[Check, ...] = tuple(exact.check.checks)
 
+#: What can be asked of a model server that is not part of a deployment.
+OF_A_SERVER: tuple[str, ...] = ("model.exact",)
+
 PREFLIGHT: tuple[Check, ...] = tuple(check for check in ALL if check.preflight)
 
 _ISSUES = {

@@ -16,6 +16,7 @@ from difyops.checks.looking import UP, is_ours, ours, quoted
 from difyops.core import Deployment, NotReady
 from difyops.doctor import Finding, Registry, fail, ok, skip, warn
 from difyops.errors import UsageError
+from difyops.loopback import is_loopback
 from difyops.services import api, postgres
 from difyops.services import model as models
 
@@ -138,7 +139,7 @@ def _get(url: str) -> requests.Response:
 
     with requests.Session() as session:
         # A proxy of our shell is not on the way of a browser to this machine.
-        session.trust_env = urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
+        session.trust_env = not is_loopback(urlsplit(url).hostname)
         return session.get(url, timeout=5, allow_redirects=False)
 
 

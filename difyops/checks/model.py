@@ -11,6 +11,7 @@ from difyops.core import Deployment, NotReady
 from difyops.doctor import Finding, Registry, fail, ok, skip, warn
 from difyops.errors import DifyopsError
 from difyops.files import tail
+from difyops.loopback import is_loopback
 from difyops.services import model
 
 check = Registry()
@@ -41,7 +42,7 @@ def up(deployment: Deployment) -> Finding:
         return ok(model.ready_elsewhere(deployment))
     except NotReady as reason:
         if deployment.settings.model.backend == "external":
-            return fail(str(reason), f"curl -sS {model.llm_url(deployment)}/models; then: {UP}")
+            return fail(str(reason), f"curl -sS {model.llm_url(deployment)}/models")
         if said := logs.last_error(tail(deployment.paths.logs / "model.log", 200)):
             return fail(f"it ended: {said}", f"{_mend(deployment)}; then: {UP}")
         return fail(str(reason), f"{UP}; if it ends again: difyops logs model")
@@ -121,7 +122,7 @@ def bind(deployment: Deployment) -> Finding:
             f"port {port} is answered by {foreign[0]}, not by this deployment",
             f"kill {foreign[0].pid}; then: {UP}",
         )
-    beyond = [h.address for h in heard if not ipaddress.ip_address(h.address).is_loopback]
+    beyond = [h.address for h in heard if not is_loopback(h.address)]
     if beyond:
         return fail(f"listens on {', '.join(beyond)}, port {port}", again(deployment, "model"))
     return ok(f"127.0.0.1:{port}")

@@ -76,9 +76,9 @@ class Adaptive:
         """One pass with `k` guesses each took so long."""
         key = (batch.bit_length(), k)
         seen = self._seen[key] = self._seen.get(key, 0) + 1
-        before = self.costs.get(key)
-        if before is None or seen <= 2:
-            self.costs[key] = seconds
+        before = self.costs.get(key, seconds)
+        if seen <= 2:  # a warm-up, or what else was busy, can only make a pass slower
+            self.costs[key] = min(before, seconds)
         else:
             self.costs[key] = before + FRESH_COST * (seconds - before)
 

@@ -1,4 +1,4 @@
-"""The engine's HTTP routes."""
+"""The engine's own HTTP routes, beside those of every server of ours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from difyops.engine.intake import Job, Llm, chat_job, completion_job
@@ -16,58 +16,27 @@ from difyops.engine.metrics import CONTENT_TYPE
 from difyops.engine.protocol import ChatRequest, CompletionRequest, Kind, parse
 from difyops.engine.service import Service
 from difyops.engine.stream import Answer
-from difyops.serving import errors
-from difyops.serving.embeddings import answer_embedding
+from difyops.serving import errors, routes
 from difyops.serving.errors import ApiError
-from difyops.serving.http import application, json_object, read_body
+from difyops.serving.http import HEALTH, json_object, read_body
 from difyops.serving.protocol import model_name
 
-_QUIET = frozenset({"/health", "/metrics", "/v1/models"})
+_QUIET = HEALTH | {"/metrics", "/v1/models"}
 
 
 def create_app(service: Service) -> Starlette:
     """The application over `service`, which may still be loading. All but `/health` need the key,
     `/metrics` too."""
-    app = application(
-        [
-            Route("/health", health, methods=["GET"]),
-            Route("/metrics", metrics, methods=["GET"]),
-            Route("/v1/models", list_models, methods=["GET"]),
-            Route("/v1/models/{name:path}", show_model, methods=["GET"]),
-            Route("/v1/chat/completions", chat, methods=["POST"]),
-            Route("/v1/completions", complete, methods=["POST"]),
-            Route("/v1/embeddings", embed, methods=["POST"]),
-        ],
-        service.config.key,
-        quiet_paths=_QUIET,
-    )
-    app.state.service = service
-    return app
-
-
-async def health(request: Request) -> Response:
-    service = _service(request)
-    if service.ready and not service.draining:
-        return JSONResponse({"status": "ok", "models": service.config.ids()})
-    status = "stopping" if service.draining else "loading"
-    return JSONResponse({"status": status}, 503, headers={"Retry-After": "1"})
+    own = [
+        Route("/metrics", metrics, methods=["GET"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", complete, methods=["POST"]),
+    ]
+    return routes.create_app(service, own, _QUIET)
 
 
 async def metrics(request: Request) -> Response:
     return Response(_service(request).metrics.text(), media_type=CONTENT_TYPE)
-
-
-async def list_models(request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": _serving(request).describe()})
-
-
-async def show_model(request: Request) -> Response:
-    service = _serving(request)
-    name = request.path_params["name"]
-    for entry in service.describe():
-        if entry["id"] == name:
-            return JSONResponse(entry)
-    raise errors.unknown_model(name, service.config.ids())
 
 
 async def chat(request: Request) -> Response:
@@ -78,23 +47,12 @@ async def complete(request: Request) -> Response:
     return await _generate(request, CompletionRequest, completion_job)
 
 
-async def embed(request: Request) -> Response:
-    body = await read_body(request)
-    service = _serving(request)
-    fields = await asyncio.to_thread(json_object, body)
-    name = model_name(fields)
-    embedder = service.embedder
-    if service.config.embedding is None or embedder is None or name != service.config.embedding.id:
-        raise errors.wrong_model(name, service.config.ids(), "embeddings", "completions")
-    return await answer_embedding(request, fields, embedder, service.stopping)
-
-
 async def _generate(
     request: Request, kind: type[Kind], make: Callable[[Llm, Kind], Job]
 ) -> Response:
     began = time.monotonic()
     body = await read_body(request)
-    service = _serving(request)
+    service = _service(request).answering()
     try:
         # A long prompt or a new grammar takes a while, which other clients' tokens need not wait.
         llm, asked, job = await asyncio.to_thread(_prepare, service, body, kind, make)
@@ -125,14 +83,5 @@ def _prepare(
 
 
 def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
-def _serving(request: Request) -> Service:
-    service = _service(request)
-    if service.draining:
-        raise errors.stopping()
-    if not service.ready:
-        raise errors.loading()
+    service: Service = request.app.state.served
     return service

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from difyops.errors import UsageError
 from difyops.serving.config import (
     Config,
-    EmbeddingConfig,
-    ModelId,
+    ModelConfig,
+    ServerConfig,
     first_error,
     read_private,
     validate,
@@ -33,7 +33,7 @@ class SamplingConfig(Config):
         return self.model_dump(exclude_none=True)
 
 
-class LlmConfig(Config):
+class LlmConfig(ModelConfig):
     """A language model. `model` is what sources.py resolves: a directory, a GGUF file, a catalog
     name, or `hf:`, `modelscope:` or `pypi:` and a name; downloads lie in `cache`.
 
@@ -47,7 +47,6 @@ class LlmConfig(Config):
     much of prompts one step reads. `threads` is for a CPU (None: the CPUs less one).
     """
 
-    id: ModelId
     model: str = Field(min_length=1)
     context: int | None = Field(default=None, ge=16)
     slots: int = Field(default=16, ge=1, le=4096)
@@ -63,32 +62,10 @@ class LlmConfig(Config):
     sampling: SamplingConfig = SamplingConfig()
 
 
-class EngineConfig(Config):
-    """Without `api_key` every client is let in."""
+class EngineConfig(ServerConfig):
+    """What one process of the native engine serves."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(ge=0, le=65535)
-    api_key: SecretStr | None = None
     llm: LlmConfig | None = None
-    embedding: EmbeddingConfig | None = None
-
-    @model_validator(mode="after")
-    def _serves_something(self) -> Self:
-        if self.llm is None and self.embedding is None:
-            raise ValueError("at least one of llm and embedding is needed")
-        if self.llm and self.embedding and self.llm.id == self.embedding.id:
-            raise ValueError("llm.id and embedding.id must differ")
-        if self.api_key is not None and not self.api_key.get_secret_value():
-            raise ValueError("api_key is empty; leave it out to let every client in")
-        return self
-
-    def ids(self) -> list[str]:
-        """The models, as clients name them."""
-        return [m.id for m in (self.llm, self.embedding) if m is not None]
-
-    @property
-    def key(self) -> str | None:
-        return self.api_key.get_secret_value() if self.api_key is not None else None
 
 
 def load(path: Path) -> EngineConfig:

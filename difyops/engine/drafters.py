@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from difyops.engine.models.decoder import Decoder
-from difyops.engine.models.mtp import MedusaHead, MultiTokenPrediction
+from difyops.engine.models.decoder import Decoder, Run
+from difyops.engine.models.mtp import MedusaHead, MultiTokenPrediction, modules
 from difyops.engine.request import Request
 from difyops.engine.speculate import Drafter, PromptLookup, Read
-from difyops.engine.state import LayerState, StatePool, StateSpec, TensorSpec
+from difyops.engine.state import StatePool, StateSpec, TensorSpec, Track
 from difyops.errors import UsageError
 
 #: Most guesses of one pass; how many of them are made is measured (adapt.py).
@@ -19,63 +19,78 @@ MOST = 4
 
 
 class Mtp(Drafter):
-    """Multi-token prediction. Its state is always one pair (token, next token) behind the model's:
-    the pair that is missing waits for the token that is sampled next."""
+    """Multi-token prediction: guess d comes from the module of depth d, and those beyond the last
+    depth from the last module again (see MultiTokenPrediction).
+
+    Place i of module d takes token i + d in, so that behind n tokens it has read n - d places: each
+    module has a track of its own. h[d - 1] of place n - d, which waits for the token that is
+    sampled next, is kept beside its layers. A sequence shorter than d lacks places, and a guess in
+    it is worth little.
+    """
 
     name = "mtp"
 
-    def __init__(self, model: Decoder, module: MultiTokenPrediction, most: int = MOST) -> None:
-        self.most = most
+    def __init__(self, model: Decoder, modules: Sequence[MultiTokenPrediction]) -> None:
+        self.most = max(MOST, len(modules))
         self._model = model
-        self._module = module
+        self._modules = modules
 
-    def state_specs(self) -> list[StateSpec]:
-        blocks = [block.mixer.state_spec() for block in self._module.blocks]  # type: ignore[operator, union-attr]
-        return [*blocks, _hidden_spec(self._model)]
+    def tracks(self) -> list[list[StateSpec]]:
+        return [
+            [*(block.mixer.state_spec() for block in module.blocks), _hidden_spec(self._model)]
+            for module in self._modules
+        ]
 
     def read(self, read: Read, pool: StatePool) -> None:
-        lengths = read.cu_seqlens.diff()
         first, last = read.cu_seqlens[:-1], read.cu_seqlens[1:] - 1
-        kept = pool.drafting.layers[-1].slot["hidden"]
-        before = read.hidden.roll(1, 0)
-        before[first] = kept[read.slots]
-        kept[read.slots] = read.hidden[last]
-        # A sequence's very first token has none before it, and so makes no pair.
-        new = pool.lengths[read.slots] == lengths
-        paired = torch.ones_like(read.tokens, dtype=torch.bool)
-        paired[first[new]] = False
-        counts = lengths - new.to(lengths.dtype)
-        some = counts > 0
-        if not some.any():
-            return
-        slots, counts = read.slots[some], counts[some]
-        bounds = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-        self._module(
-            self._model.embed(read.tokens[paired]),
-            before[paired],
-            lambda mixer, x, state: mixer.prefill(x, state, slots, bounds),
-            self._layers(pool),
-        )
-        pool.drafting.advance(slots, counts)
+        lengths, total = read.cu_seqlens.diff(), pool.lengths[read.slots]
+        rows = torch.arange(len(read.tokens), device=first.device)
+        position = rows + (total - last - 1).repeat_interleave(lengths)
+        # Of each token, what the module before this one made when it took that token in.
+        hidden = read.hidden
+        for depth, track in enumerate(pool.drafting, 1):
+            kept = _kept(track)
+            before = hidden.roll(1, 0)
+            before[first] = kept[read.slots]
+            kept[read.slots] = hidden[last]
+            # The first `depth` tokens of a sequence have none that far before them.
+            paired = (position >= depth).nonzero()[:, 0]
+            if not len(paired):
+                return
+            counts = (total - depth).clamp(min=0).minimum(lengths)
+            slots, counts = read.slots[counts > 0], counts[counts > 0]
+            made = self._run(
+                depth, track, read.tokens[paired], before[paired], _folding(slots, counts)
+            )
+            track.advance(slots, counts)
+            hidden = torch.zeros_like(before)
+            hidden[paired] = made
 
     def draft(self, requests: Sequence[Request], slots: Tensor, pool: StatePool, k: int) -> Tensor:
-        hidden = pool.drafting.layers[-1].slot["hidden"][slots][:, None]
+        kept = [_kept(track)[slots][:, None] for track in pool.drafting]
+        hidden = kept[0]
 
         def guess(tokens: Tensor) -> Tensor:
             nonlocal hidden
-            made = self._module(
-                self._model.embed(tokens),
-                hidden,
+            ahead = tokens.shape[1]
+            depth = min(ahead, len(kept))
+            made = self._run(
+                depth, pool.drafting[depth - 1], tokens, hidden,
                 lambda mixer, x, state: mixer.verify(x, state, slots),
-                self._layers(pool),
-            )
-            hidden = torch.cat((hidden, made[:, -1:]), dim=1)
+            )  # fmt: skip
+            # The next module's places begin one earlier, and the last one's go on by themselves.
+            one_earlier = ahead < len(kept)
+            parts = (kept[ahead], made) if one_earlier else (hidden, made[:, -1:])
+            hidden = torch.cat(parts, dim=1)
             return self._model.logits(made[:, -1])
 
         return _chained(requests, slots, k, guess)
 
-    def _layers(self, pool: StatePool) -> Sequence[LayerState]:
-        return pool.drafting.layers[:-1]
+    def _run(self, depth: int, track: Track, tokens: Tensor, hidden: Tensor, run: Run) -> Tensor:
+        made: Tensor = self._modules[depth - 1](
+            self._model.embed(tokens), hidden, run, track.layers[:-1]
+        )
+        return made
 
 
 class Medusa(Drafter):
@@ -88,17 +103,18 @@ class Medusa(Drafter):
         self._model = model
         self._heads = heads
 
-    def state_specs(self) -> list[StateSpec]:
-        return [_hidden_spec(self._model)]
+    def tracks(self) -> list[list[StateSpec]]:
+        return [[_hidden_spec(self._model)]]
 
     def read(self, read: Read, pool: StatePool) -> None:
-        kept = pool.drafting.layers[-1].slot["hidden"]
-        kept[read.slots] = read.hidden[read.cu_seqlens[1:] - 1]
-        pool.drafting.advance(read.slots, read.cu_seqlens.diff())
+        (track,) = pool.drafting
+        _kept(track)[read.slots] = read.hidden[read.cu_seqlens[1:] - 1]
+        track.advance(read.slots, read.cu_seqlens.diff())
 
     def draft(self, requests: Sequence[Request], slots: Tensor, pool: StatePool, k: int) -> Tensor:
         # The hidden state is that before the last token: head i looks i + 1 tokens past it.
-        hidden = pool.drafting.layers[-1].slot["hidden"][slots]
+        (track,) = pool.drafting
+        hidden = _kept(track)[slots]
         return torch.stack([head(hidden).argmax(-1) for head in self._heads[:k]], dim=1)
 
 
@@ -118,15 +134,18 @@ class DraftModel(Drafter):
         self.most = most
         self._small = small
 
-    def state_specs(self) -> list[StateSpec]:
-        return self._small.state_specs()
+    def tracks(self) -> list[list[StateSpec]]:
+        return [self._small.state_specs()]
 
     def read(self, read: Read, pool: StatePool) -> None:
-        self._small.prefill(read.tokens, pool.drafting, read.slots, read.cu_seqlens)
+        (track,) = pool.drafting
+        self._small.prefill(read.tokens, track, read.slots, read.cu_seqlens)
 
     def draft(self, requests: Sequence[Request], slots: Tensor, pool: StatePool, k: int) -> Tensor:
+        (track,) = pool.drafting
+
         def guess(tokens: Tensor) -> Tensor:
-            return self._small.logits(self._small.verify(tokens, pool.drafting, slots)[:, -1])
+            return self._small.logits(self._small.verify(tokens, track, slots)[:, -1])
 
         return _chained(requests, slots, k, guess)
 
@@ -144,8 +163,19 @@ def _chained(
     return tokens[:, 1:]
 
 
+def _folding(slots: Tensor, counts: Tensor) -> Run:
+    """Prefill of `counts` ([B]) packed places each."""
+    bounds = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    return lambda mixer, x, state: mixer.prefill(x, state, slots, bounds)
+
+
 def _hidden_spec(model: Decoder) -> StateSpec:
     return StateSpec(slot={"hidden": TensorSpec((model.shape.width,), model.dtype)})
+
+
+def _kept(track: Track) -> Tensor:
+    """What a track's last layer, of `_hidden_spec`, keeps: [slots + 1, width]."""
+    return track.layers[-1].slot["hidden"]
 
 
 def kinds(model: Decoder) -> list[str]:
@@ -158,11 +188,10 @@ def choose(kind: str, model: Decoder, small: Decoder | None = None) -> Drafter |
 
     auto is the best that the checkpoint brings. Raises UsageError when it lacks what is named.
     """
-    brought = dict(model.extra.items())
-    mtp, heads = brought.get("mtp"), brought.get("medusa")
+    mtp, heads = modules(model), dict(model.extra.items()).get("medusa")
     if kind == "auto":
         kind = kinds(model)[0]
-    if kind == "mtp" and isinstance(mtp, MultiTokenPrediction):
+    if kind == "mtp" and mtp:
         return Mtp(model, mtp)
     if kind == "medusa" and isinstance(heads, nn.ModuleList):
         return Medusa(model, [head for head in heads if isinstance(head, MedusaHead)])

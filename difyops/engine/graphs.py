@@ -34,6 +34,11 @@ class Stepped:
     logits: Tensor
     best: list[int] | None
 
+    @property
+    def bounds(self) -> Tensor:
+        """cu_seqlens of one token each."""
+        return torch.arange(len(self.slots) + 1, device=self.slots.device)
+
 
 class Steps(Protocol):
     """What runs a model's plain step."""

@@ -62,8 +62,7 @@ class _EngineCollector(Collector):
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        # What the mixers declare, before anything is allocated.
-        self._predicted = sum(spec.slot_bytes for spec in engine.model.state_specs())
+        self._predicted = sum(spec.slot_bytes for spec in engine.state_specs())
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()

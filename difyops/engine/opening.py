@@ -18,8 +18,8 @@ from difyops.engine.intake import Llm
 from difyops.engine.models.decoder import Decoder
 from difyops.engine.runner import Engine
 from difyops.engine.sources import default_cache, resolve
-from difyops.engine.speculate import Drafter
-from difyops.engine.state import PAGE_SIZE, StateSpec
+from difyops.engine.speculate import Drafter, state_specs
+from difyops.engine.state import PAGE_SIZE
 from difyops.errors import PrerequisiteError, UsageError
 from difyops.serving import process
 
@@ -117,20 +117,15 @@ def default_pages(model: Decoder, drafter: Drafter | None, slots: int, context: 
     Sequences rarely fill the context; when they do, the youngest waits. One always fits.
     """
     one = _full(model, drafter, context)
-    each = PAGE_SIZE * sum(spec.token_bytes for spec in _specs(model, drafter))
+    each = PAGE_SIZE * sum(spec.token_bytes for spec in state_specs(model, drafter))
     return max(one, min(slots * one, free_bytes(model) // 4 // each)) if one else 0
 
 
 def _full(model: Decoder, drafter: Drafter | None, context: int) -> int:
     """Pages of one sequence that fills the context; 0 without softmax layers."""
-    if not any(spec.token for spec in _specs(model, drafter)):
+    if not any(spec.token for spec in state_specs(model, drafter)):
         return 0
     return -(-(context + 1 + (drafter.most if drafter is not None else 0)) // PAGE_SIZE)
-
-
-def _specs(model: Decoder, drafter: Drafter | None) -> list[StateSpec]:
-    own: list[StateSpec] = model.state_specs()
-    return own + drafter.state_specs() if drafter is not None else own
 
 
 def default_prefix(model: Decoder) -> int:

@@ -19,8 +19,8 @@ from difyops.engine.prefix import PrefixCache, Usage
 from difyops.engine.request import EngineStopped, FinishReason, Output, Request, TokenLogprob
 from difyops.engine.scheduler import Batch, Limits, Scheduler, Span
 from difyops.engine.slots import IntegrityError
-from difyops.engine.speculate import Drafter, Read, packed, windows
-from difyops.engine.state import Snapshot, StatePool
+from difyops.engine.speculate import Drafter, Read, packed, state_specs, windows
+from difyops.engine.state import Snapshot, StatePool, StateSpec
 
 log = logging.getLogger("difyops.engine")
 
@@ -116,7 +116,7 @@ class Engine:
         window = 1 + most
         self.pool = StatePool(
             model.state_specs(),
-            drafting=drafter.state_specs() if drafter is not None else (),
+            drafting=drafter.tracks() if drafter is not None else (),
             slots=slots,
             context=context,
             window=window,
@@ -174,6 +174,10 @@ class Engine:
     def most_at_once(self) -> int:
         """Requests that an idle engine takes at a time."""
         return self.pool.table.slots + self._scheduler.limits.max_waiting
+
+    def state_specs(self) -> list[StateSpec]:
+        """What a sequence keeps, as declared before anything was allocated."""
+        return state_specs(self.model, self.drafter)
 
     def cancel(self, request: Request) -> None:
         """Its client has left: the slot is free at the next step."""
@@ -294,16 +298,12 @@ class Engine:
 
     def _step(self, requests: Sequence[Request], outputs: dict[Request, Output]) -> None:
         """One token each."""
-        count = len(requests)
         tokens = [request.tokens[-1] for request in requests]
         step = self._steps.run(tokens, [request.slot or 0 for request in requests])
-        if self.drafter is not None:
-            self._drafter_reads(
-                step.tokens, step.hidden, step.slots, self._tensor(range(count + 1))
-            )
+        self._drafter_reads(step.tokens, step.hidden, step.slots, step.bounds)
         for request in requests:
             request.computed += 1
-        self._judge(requests, step.logits[:, None], [[]] * count, outputs, step.best)
+        self._judge(requests, step.logits[:, None], [[]] * len(tokens), outputs, step.best)
 
     def _speculate(
         self, requests: Sequence[Request], k: int, outputs: dict[Request, Output]
@@ -345,9 +345,8 @@ class Engine:
         """
         taken, going = [0] * len(requests), list(range(len(requests)))
         for place in range(logits.shape[1]):
-            choices = sample.choose(
-                logits[:, 0] if best else logits[going, place], [requests[i] for i in going], best
-            )
+            rows = logits[:, place] if len(going) == len(requests) else logits[going, place]
+            choices = sample.choose(rows, [requests[i] for i in going], best)
             still = []
             for i, choice in zip(going, choices, strict=True):
                 request, taken[i] = requests[i], place + 1

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import ipaddress
 import logging
 import os
 import socket
@@ -27,6 +26,7 @@ from difyops.errors import (
     DifyopsError,
     UsageError,
 )
+from difyops.loopback import is_loopback
 from difyops.serving import process
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def serve(config: EngineConfig) -> int:
     if config.embedding is not None:
         needed += ["onnxruntime", "tokenizers"]
     process.require(needed, "engine")
-    if config.key is None and not _is_loopback(config.host):
+    if config.key is None and not is_loopback(config.host):
         log.warning("%s without an API key: whoever reaches it may use it", config.host)
     if config.llm is not None:
         check(config.llm)
@@ -77,13 +77,6 @@ def check(config: LlmConfig) -> None:
     elif not sources.is_download(config.model):
         path = sources.resolve(config.model, config.cache or sources.default_cache(), log.info)
         headers.look(path, config.id, config.context)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class _Server(process.Server):
@@ -118,14 +111,9 @@ async def _serve(config: EngineConfig, listener: socket.socket) -> int:
     server = _Server(service)
     port = listener.getsockname()[1]
     log.info("listening on http://%s:%d", config.host, port)
-    keeper = asyncio.create_task(_keep(service, server, port))
     try:
-        await server.serve(sockets=[listener])
-        # The keeper has an exit code only if it was the one that ended the service.
-        return keeper.result() if keeper.done() else 0
+        return await process.run(server, listener, _keep(service, server, port))
     finally:
-        keeper.cancel()
-        await asyncio.wait((keeper,))
         if service.llm is not None:
             await asyncio.to_thread(service.llm.engine.stop)
         log.info("stopped")
@@ -165,18 +153,12 @@ async def _keep(service: Service, server: _Server, port: int) -> int:
 
 def load(service: Service) -> None:
     """Load and warm what the configuration names; blocking. Raises DifyopsError."""
-    config = service.config
-    if (embedding := config.embedding) is not None:
-        from difyops.serving.embedder import Embedder
-
-        service.embedder = Embedder.load(
-            embedding.model, embedding.tokenizer, embedding.max_tokens, embedding.threads
-        )
-    if config.llm is not None:
-        log.info("loading %s", _called(config.llm))
+    service.load_embedder()
+    if (llm := service.config.llm) is not None:
+        log.info("loading %s", _called(llm))
         from difyops.engine.opening import open_llm  # torch takes seconds
 
-        service.llm = open_llm(config.llm)
+        service.llm = open_llm(llm)
         service.metrics.watch(service.llm.engine)
 
 

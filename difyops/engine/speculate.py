@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from difyops.engine.models.decoder import Decoder
 from difyops.engine.request import Request
 from difyops.engine.state import StatePool, StateSpec
 
@@ -42,8 +43,8 @@ class Drafter(ABC):
     #: Most tokens of one guess.
     most: int
 
-    def state_specs(self) -> list[StateSpec]:
-        """What it keeps for each sequence, in the pool's drafting track."""
+    def tracks(self) -> list[list[StateSpec]]:
+        """What it keeps for each sequence: the layers of each of the pool's drafting tracks."""
         return []
 
     def read(self, read: Read, pool: StatePool) -> None:
@@ -56,6 +57,12 @@ class Drafter(ABC):
 
         A place that it has no guess for holds -1. The pool is left as it was.
         """
+
+
+def state_specs(model: Decoder, drafter: Drafter | None) -> list[StateSpec]:
+    """All that a sequence keeps: the model's layers, and those of what drafts for it."""
+    tracks = drafter.tracks() if drafter is not None else []
+    return [*model.state_specs(), *(spec for track in tracks for spec in track)]
 
 
 class PromptLookup(Drafter):

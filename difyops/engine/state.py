@@ -106,7 +106,7 @@ class LayerState:
 
 
 class Track:
-    """Layers whose lengths move together: the model's own, or those of what drafts for it."""
+    """Layers whose lengths move together: the model's own, or some of what drafts for it."""
 
     def __init__(self, layers: Sequence[LayerState], lengths: Tensor) -> None:
         self.layers = tuple(layers)
@@ -123,7 +123,7 @@ class Snapshot:
 
     tensors: tuple[Tensor, ...]  # one per state kind, [layers, …]
     lease: Lease
-    drafted: int  # tokens that what drafts had read
+    drafted: tuple[int, ...]  # the length of each of the tracks that draft
 
     @property
     def length(self) -> int:
@@ -138,9 +138,10 @@ class Snapshot:
 class StatePool:
     """The state of all layers for `slots` sequences of at most `context` tokens each.
 
-    `drafting` are the layers of what drafts for the model: they share its slots and pages, and
-    have lengths of their own. `window` is the most tokens that one verify may be given. `pages` is
-    shared by all sequences; without it there are enough for every slot to be full.
+    `drafting` are the layers of what drafts for the model, by track: they share its slots and
+    pages, and each track has lengths of its own, never above the model's. `window` is the most
+    tokens that one verify may be given. `pages` is shared by all sequences; without it there are
+    enough for every slot to be full.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class StatePool:
         slots: int,
         context: int,
         window: int = 1,
-        drafting: Sequence[StateSpec] = (),
+        drafting: Sequence[Sequence[StateSpec]] = (),
         page_size: int = PAGE_SIZE,
         pages: int | None = None,
         device: torch.device | str = "cpu",
@@ -158,7 +159,7 @@ class StatePool:
         self.context = context
         self.window = window
         per_slot = -(-(context + window) // page_size)
-        paged = any(spec.token for spec in (*specs, *drafting))
+        paged = any(spec.token for track in (specs, *drafting) for spec in track)
         if pages is None:
             pages = slots * per_slot
         self.table = SlotTable(slots, pages if paged else 0, page_size)
@@ -168,7 +169,7 @@ class StatePool:
         self._replay_tensors: list[Tensor] = []
         self._leases: set[Lease] = set()
         self.main = self._allocate(specs, device)
-        self.drafting = self._allocate(drafting, device)
+        self.drafting = tuple(self._allocate(track, device) for track in drafting)
 
     def _allocate(self, specs: Sequence[StateSpec], device: torch.device | str) -> Track:
         slots, pages, size = self.table.slots, self.table.pages, self.table.page_size
@@ -234,8 +235,8 @@ class StatePool:
         for slot in self.table.fresh:
             for spec, tensor in self._slot_tensors:
                 tensor[:, slot] = spec.fill
-            self.main.lengths[slot] = 0
-            self.drafting.lengths[slot] = 0
+            for track in (self.main, *self.drafting):
+                track.lengths[slot] = 0
         if self.table.moved:
             slots, width = sorted(self.table.moved), self._page_rows.shape[1]
             rows = [self.table.pages_of(slot) for slot in slots]
@@ -251,10 +252,10 @@ class StatePool:
     def snapshot(self, slot: int) -> Snapshot:
         """The state of `slot` now. It keeps pages until it is dropped."""
         self.sync()
-        length, drafted = int(self.lengths[slot]), int(self.drafting.lengths[slot])
+        length = int(self.lengths[slot])
+        drafted = tuple(int(track.lengths[slot]) for track in self.drafting)
         # What drafts has read less than the model, and writes its rows of the rest later.
-        settled = min(length, drafted) if self.drafting.layers else length
-        lease = self.table.lease(slot, length, settled)
+        lease = self.table.lease(slot, length, min((length, *drafted)))
         self._leases.add(lease)
         tensors = tuple(tensor[:, slot].clone() for _, tensor in self._slot_tensors)
         return Snapshot(tensors, lease, drafted)
@@ -270,7 +271,8 @@ class StatePool:
         for (_, tensor), saved in zip(self._slot_tensors, snapshot.tensors, strict=True):
             tensor[:, slot] = saved
         self.lengths[slot] = snapshot.length
-        self.drafting.lengths[slot] = snapshot.drafted
+        for track, drafted in zip(self.drafting, snapshot.drafted, strict=True):
+            track.lengths[slot] = drafted
         size = self.table.page_size
         for copy in copies:
             source, target = (slice(page * size, (page + 1) * size) for page in copy)

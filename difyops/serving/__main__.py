@@ -47,14 +47,9 @@ async def _serve(config: ServingConfig, listener: socket.socket) -> int:
     models = Models(config)
     server = process.Server(create_app(models), models.stopping)
     log.info("listening on http://%s:%d", config.host, listener.getsockname()[1])
-    keeper = asyncio.create_task(_keep(models, server))
     try:
-        await server.serve(sockets=[listener])
-        # The keeper has an exit code only if it was the one that ended the service.
-        return keeper.result() if keeper.done() else 0
+        return await process.run(server, listener, _keep(models, server))
     finally:
-        keeper.cancel()
-        await asyncio.wait((keeper,))
         await models.close()
 
 

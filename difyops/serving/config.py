@@ -25,37 +25,29 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class LlmConfig(Config):
-    """A GGUF chat model. `context` is tokens for each of the `parallel` requests at a time.
-
-    `threads` None means the CPUs this process may use, less one.
-    """
+class ModelConfig(Config):
+    """A model that clients call `id`."""
 
     id: ModelId
-    path: Path
-    context: int = Field(ge=64)
-    parallel: int = Field(default=1, ge=1, le=256)
-    threads: int | None = Field(default=None, ge=1)
-    tools: bool = False
 
 
-class EmbeddingConfig(Config):
+class EmbeddingConfig(ModelConfig):
     """An ONNX sentence encoder; `max_tokens` counts special tokens too."""
 
-    id: ModelId
     model: Path
     tokenizer: Path
     max_tokens: int = Field(ge=3)
     threads: int | None = Field(default=None, ge=1)
 
 
-class ServingConfig(Config):
-    """What one server process serves. Without `api_key` every client is let in."""
+class ServerConfig(Config):
+    """What any server of ours is told; which `llm` it takes, a subclass says. Without `api_key`
+    every client is let in."""
 
     host: str = "127.0.0.1"
     port: int = Field(ge=0, le=65535)
     api_key: SecretStr | None = None
-    llm: LlmConfig | None = None
+    llm: ModelConfig | None = None
     embedding: EmbeddingConfig | None = None
 
     @model_validator(mode="after")
@@ -67,6 +59,33 @@ class ServingConfig(Config):
         if self.api_key is not None and not self.api_key.get_secret_value():
             raise ValueError("api_key is empty; leave it out to let every client in")
         return self
+
+    def ids(self) -> list[str]:
+        """The models, as clients name them."""
+        return [m.id for m in (self.llm, self.embedding) if m is not None]
+
+    @property
+    def key(self) -> str | None:
+        return self.api_key.get_secret_value() if self.api_key is not None else None
+
+
+class LlmConfig(ModelConfig):
+    """A GGUF chat model. `context` is tokens for each of the `parallel` requests at a time.
+
+    `threads` None means the CPUs this process may use, less one.
+    """
+
+    path: Path
+    context: int = Field(ge=64)
+    parallel: int = Field(default=1, ge=1, le=256)
+    threads: int | None = Field(default=None, ge=1)
+    tools: bool = False
+
+
+class ServingConfig(ServerConfig):
+    """What one process of difyops.serving serves."""
+
+    llm: LlmConfig | None = None
 
 
 def parse(text: str, name: str = "config") -> ServingConfig:

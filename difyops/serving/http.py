@@ -31,18 +31,19 @@ BODY_SECONDS = 60.0
 #: millions of tokens.
 MAX_COMMAS = 1_000_000
 MAX_BRACKETS = 100_000
-_HEALTH = frozenset({"/health"})
+#: What needs no key, and is asked too often for a line in the log.
+HEALTH = frozenset({"/health"})
 
 
 def application(
-    routes: Sequence[Route], key: str | None, quiet_paths: frozenset[str] = _HEALTH
+    routes: Sequence[Route], key: str | None, quiet_paths: frozenset[str] = HEALTH
 ) -> Starlette:
     """Routes behind `key` (all but `/health`), errors in OpenAI's shape, one log line a request."""
     app = Starlette(
         routes=routes,
         middleware=[
             Middleware(LogRequests, quiet_paths=quiet_paths),
-            Middleware(RequireKey, key=key, open_paths=_HEALTH),
+            Middleware(RequireKey, key=key, open_paths=HEALTH),
         ],
         exception_handlers={
             errors.ApiError: errors.on_api_error,

@@ -11,8 +11,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -54,6 +55,19 @@ class Server(uvicorn.Server):
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.handle_exit, number, None)
         yield
+
+
+async def run(server: Server, listener: socket.socket, keep: Coroutine[Any, Any, int]) -> int:
+    """Serve while `keep` loads and watches. -> the exit code: 0 after a signal, else what `keep`
+    returned when it made `server` exit."""
+    keeper = asyncio.create_task(keep)
+    try:
+        await server.serve(sockets=[listener])
+        # It is done only if it was the one that ended the service.
+        return keeper.result() if keeper.done() else 0
+    finally:
+        keeper.cancel()
+        await asyncio.wait((keeper,))
 
 
 def log_to_stderr() -> None:

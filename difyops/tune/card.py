@@ -37,7 +37,9 @@ def card(name: str, trainer: Trainer, facts: Mapping[str, Any], scores: Scores) 
     extra = sum(parameter.numel() for parameter in model.extra.parameters())
     seen = trainer.step * plan.batch * plan.length
     layers = ", ".join(f"{e.get('repeat', 1)} x {e['mixer']}" for e in config["pattern"])
-    mtp = ", ".join(f"{e.get('repeat', 1)} x {e['mixer']}" for e in config["mtp"]) or "none"
+    mtp = ", ".join(f"{e.get('repeat', 1)} x {e['mixer']}" for e in config.get("mtp", ()))
+    if (count := config.get("mtp_modules", 1)) > 1:
+        mtp = f"{count} modules of {mtp}"
     stopped = "" if trainer.step >= plan.steps else f" (stopped; {plan.tokens:,} were planned)"
     precision = "bfloat16 with float32 weights" if trainer.device.type == "cuda" else "float32"
     lines = [
@@ -49,13 +51,13 @@ def card(name: str, trainer: Trainer, facts: Mapping[str, Any], scores: Scores) 
         *_table(("", ""), [
             ("parameters", f"{parameters:,}, of them {extra:,} for multi-token prediction"),
             ("layers", layers),
-            ("multi-token prediction", mtp),
+            ("multi-token prediction", mtp or "none"),
             ("width, MLP, vocabulary",
              f"{config['width']}, {config['mlp_hidden']}, {config['vocabulary']}"),
             ("trained on sequences of", f"{plan.length} tokens"),
             ("tokens seen", f"{seen:,}{stopped}, of {facts['train']['tokens']:,} different ones"),
             ("training", f"AdamW, rate {plan.rate:g}, cosine to 0, {plan.batch * plan.length:,} "
-             f"tokens a step, weight of the second token's loss {plan.mtp_weight:g}, "
+             f"tokens a step, weight of the multi-token prediction loss {plan.mtp_weight:g}, "
              f"seed {plan.seed}; {precision}"),
         ]),
         "",

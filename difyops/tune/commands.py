@@ -38,11 +38,8 @@ def data(
     from difyops import report
     from difyops.tune import data as making
 
-    lines = report.Lines()
-    try:
+    with report.Lines() as lines:
         facts = making.make(out, packages, vocabulary=vocabulary, seed=seed, tell=lines.note)
-    finally:
-        lines.close()
     for part in ("train", "heldout"):
         report.emit(
             f"{part}: {facts[part]['documents']:,} documents, {facts[part]['tokens']:,} tokens"
@@ -69,7 +66,7 @@ def pretrain(
     length: Annotated[int, typer.Option(min=2, help="Tokens of one sequence.")] = 1024,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of one step.")] = 96,
     rate: Annotated[float, typer.Option(min=0, help="The highest learning rate.")] = 3e-3,
-    mtp_weight: Annotated[float, typer.Option(min=0, help="Of the second token's loss.")] = 0.3,
+    mtp_weight: Annotated[float, typer.Option(min=0, help="Of the MTP modules' loss.")] = 0.3,
     seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Stop then; the same command goes on later.")
@@ -93,8 +90,7 @@ def pretrain(
         read_tokens(data / f"{part}.bin", int(keys["vocabulary"])) for part in ("train", "heldout")
     )
     place = _device(device)
-    lines = report.Lines()
-    try:
+    with report.Lines() as lines:
         trainer = Trainer(keys, plan, train, place)
         if trainer.resume(out):
             lines.note(f"goes on from step {trainer.step}")
@@ -109,8 +105,6 @@ def pretrain(
         sizes = token_bytes(data / "tokenizer.json")
         scores = evaluate(rounded, held_out, sizes, length=plan.length)
         card.write_card(Path(config).stem, trainer, data, scores, out / "model")
-    finally:
-        lines.close()
     report.emit("\n".join(f"{name}: {value}" for name, value in scores.lines()))
 
 

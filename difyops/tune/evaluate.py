@@ -15,20 +15,20 @@ from torch import Tensor
 
 from difyops.engine.layout import read_json
 from difyops.engine.models.decoder import Decoder
-from difyops.tune.pretrain import logits
+from difyops.tune.pretrain import depth, logits
 
 
 @dataclass(frozen=True)
 class Scores:
-    """`loss` and `mtp_loss` in nats per token. `acceptance`: of all places in the held-out text,
-    the share where the multi-token prediction module's guess is the model's own first choice,
-    once both know the true token before it (k = 1, greedy). None without such a module."""
+    """`loss` and `mtp_losses` in nats per token. `acceptances`: of all places in the held-out text,
+    the share where a multi-token prediction module's guess is the model's own first choice, once
+    both know the true tokens before it (greedy). Both by depth, a number for each module."""
 
     tokens: int
     loss: float
     bits_per_byte: float
-    mtp_loss: float | None = None
-    acceptance: float | None = None
+    mtp_losses: tuple[float, ...] = ()
+    acceptances: tuple[float, ...] = ()
 
     def lines(self) -> list[tuple[str, str]]:
         """Names and values for a person."""
@@ -37,9 +37,10 @@ class Scores:
             ("loss, nats per token", f"{self.loss:.3f}"),
             ("bits per byte", f"{self.bits_per_byte:.3f}"),
         ]
-        if self.mtp_loss is not None and self.acceptance is not None:
-            said.append(("loss of the second token, nats", f"{self.mtp_loss:.3f}"))
-            said.append(("MTP acceptance, k = 1, greedy, on given text", f"{self.acceptance:.1%}"))
+        for k, (loss, share) in enumerate(zip(self.mtp_losses, self.acceptances, strict=True), 1):
+            token = "the second token" if k == 1 else f"token {k + 1}"
+            said.append((f"loss of {token}, nats", f"{loss:.3f}"))
+            said.append((f"MTP acceptance, k = {k}, greedy, on given text", f"{share:.1%}"))
         return said
 
 
@@ -59,26 +60,27 @@ def evaluate(
     model: Decoder, tokens: np.ndarray[Any, Any], sizes: Tensor, *, length: int, batch: int = 16
 ) -> Scores:
     """Over `tokens` [N], in sequences of `length`, in the model's dtype and where it is; `sizes`
-    is `token_bytes`' answer."""
+    is `token_bytes`' answer. Raises UsageError for a length that has no place for a last guess."""
     device = model.embed.weight.device
-    count = (len(tokens) - 2) // length
-    row = torch.from_numpy(tokens[: count * length + 2].astype(np.int64))
-    windows = row.unfold(0, length + 2, length)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    deep = depth(model, length)
+    count = (len(tokens) - 1 - deep) // length
+    row = torch.from_numpy(tokens[: count * length + 1 + deep].astype(np.int64))
+    windows = row.unfold(0, length + 1 + deep, length)
+    size = torch.zeros((), dtype=torch.int64, device=device)
+    sums = torch.zeros(2, 1 + deep, dtype=torch.float64, device=device)  # losses, guesses
     sizes = sizes.to(device)
     for start in range(0, count, batch):
         some = windows[start : start + batch].to(device)
-        first, second = logits(model, some[:, :-1])
-        sums[0] += F.cross_entropy(first.flatten(0, 1), some[:, 1:-1].flatten(), reduction="sum")
-        sums[1] += sizes[some[:, 1:-1]].sum()
-        if second is not None:
-            target = some[:, 2:].flatten()
-            sums[2] += F.cross_entropy(second.flatten(0, 1), target, reduction="sum")
-            sums[3] += (second[:, :-1].argmax(-1) == first[:, 1:].argmax(-1)).sum()
-    loss, size, ahead, same = sums.tolist()
+        size += sizes[some[:, 1 : length + 1]].sum()
+        made = logits(model, some[:, :-1])
+        chosen = made[0].argmax(-1)
+        for d, scores in enumerate(made):
+            target = some[:, d + 1 : d + 1 + length].flatten()
+            sums[0, d] += F.cross_entropy(scores.flatten(0, 1), target, reduction="sum")
+            # What is guessed at a place stands for the model's choice d places on.
+            sums[1, d] += (scores.argmax(-1)[:, : length - d] == chosen[:, d:]).sum()
     seen = count * length
-    scores = Scores(seen, loss / seen, loss / size / math.log(2))
-    if not model.extra or "mtp" not in model.extra:
-        return scores
-    pairs = count * (length - 1)
-    return Scores(seen, scores.loss, scores.bits_per_byte, ahead / seen, same / pairs)
+    loss, *mtp_losses = (sums[0] / seen).tolist()
+    same = [total / (count * (length - d)) for d, total in enumerate(sums[1].tolist())]
+    bits = loss * seen / float(size) / math.log(2)
+    return Scores(seen, loss, bits, tuple(mtp_losses), tuple(same[1:]))

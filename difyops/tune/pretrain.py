@@ -1,4 +1,4 @@
-"""Pre-training of a native model: next tokens, and with a multi-token prediction module those
+"""Pre-training of a native model: next tokens, and with multi-token prediction modules those
 behind them.
 
 A run is a function of its plan, its config and its data: batch n is drawn from the seed and n, and
@@ -8,6 +8,7 @@ same weights.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from difyops.engine.models import native
 from difyops.engine.models.decoder import Decoder, whole
-from difyops.engine.models.mtp import MultiTokenPrediction
+from difyops.engine.models.mtp import modules
 from difyops.errors import DifyopsError, PrerequisiteError, UsageError
 from difyops.files import digest
 
@@ -38,7 +39,7 @@ _OUTWARDS = ("o_proj.weight", "out_proj.weight", "down_proj.weight")
 @dataclass(frozen=True)
 class Plan:
     """`tokens` in all, in steps of `batch` sequences of `length` tokens; `warmup` in steps. The
-    rate rises to `rate` and falls as a cosine to 0. `mtp_weight` is that of the second loss."""
+    rate rises to `rate` and falls as a cosine to 0. `mtp_weight` is that of the modules' loss."""
 
     tokens: int = 300_000_000
     length: int = 1024
@@ -63,11 +64,14 @@ class Plan:
 
 class Windows:
     """Sequences out of one long row of tokens, `length` apart, in another order and from another
-    beginning each epoch. Two tokens of the next sequence are with each: what it is to predict."""
+    beginning each epoch. `more` tokens of the next sequence are with each: what it is to
+    predict."""
 
-    def __init__(self, tokens: np.ndarray[Any, Any], plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self, tokens: np.ndarray[Any, Any], plan: Plan, device: torch.device, more: int
+    ) -> None:
         """tokens: [N]. Raises UsageError when they do not make one batch."""
-        self._count = (len(tokens) - plan.length - 2) // plan.length
+        self._count = (len(tokens) - plan.length - more) // plan.length
         self._steps = self._count // plan.batch
         if self._steps < 1:
             raise UsageError(
@@ -76,12 +80,12 @@ class Windows:
             )
         self._plan = plan
         self._tokens = torch.from_numpy(tokens.astype(np.int32)).to(device)
-        self._reach = torch.arange(plan.length + 2, device=device)
+        self._reach = torch.arange(plan.length + more, device=device)
         self._epoch = -1
         self._order = self._reach
 
     def batch(self, step: int) -> Tensor:
-        """[batch, length + 2], int64."""
+        """[batch, length + more], int64."""
         plan = self._plan
         epoch, place = divmod(step, self._steps)
         if epoch != self._epoch:
@@ -120,31 +124,39 @@ def fresh(config: Mapping[str, Any], seed: int) -> Decoder:
     return model
 
 
-def prediction(model: Decoder) -> MultiTokenPrediction | None:
-    """The model's multi-token prediction module, if it has one."""
-    module = dict(model.extra.items()).get("mtp")
-    return module if isinstance(module, MultiTokenPrediction) else None
+def depth(model: Decoder, length: int) -> int:
+    """How many multi-token prediction modules the model has. Raises UsageError when sequences of
+    `length` tokens end before the last of them has anything to predict from."""
+    count = len(modules(model))
+    if length <= count:
+        raise UsageError(
+            f"sequences of {length} tokens are too short for mtp_modules: {count}",
+            "give a larger --length",
+        )
+    return count
 
 
-def logits(model: Decoder, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """tokens [B, T + 1] -> logits [B, T, V] of the token behind each of the first T, and those of
-    the one behind that: the module sees the model's hidden state and the true next token."""
-    hidden = model(tokens[:, :-1])
-    module = prediction(model)
-    if module is None:
-        return model.logits(hidden), None
-    guessed = module(model.embed(tokens[:, 1:]), hidden, whole, [None] * len(module.blocks))
-    return model.logits(hidden), model.logits(guessed)
+def logits(model: Decoder, tokens: Tensor) -> list[Tensor]:
+    """tokens [B, T + D] with D modules -> D + 1 logits [B, T, V]: of the token behind each of the
+    first T, and by the module of depth d of the token d further, after it saw the true d before."""
+    chain = modules(model)
+    length = tokens.shape[1] - len(chain)
+    hidden = [model(tokens[:, :length])]
+    for place, module in enumerate(chain, 1):
+        embedded = model.embed(tokens[:, place : place + length])
+        hidden.append(module(embedded, hidden[-1], whole, [None] * len(module.blocks)))
+    return [model.logits(each) for each in hidden]
 
 
-def losses(model: Decoder, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Mean cross-entropy of the next token and, with a module, of the one behind it, in nats;
-    tokens: [B, T + 2]."""
-    first, second = logits(model, tokens[:, :-1])
-    loss = F.cross_entropy(first.flatten(0, 1), tokens[:, 1:-1].flatten())
-    if second is None:
-        return loss, None
-    return loss, F.cross_entropy(second.flatten(0, 1), tokens[:, 2:].flatten())
+def losses(model: Decoder, tokens: Tensor) -> list[Tensor]:
+    """Mean cross-entropy of the next token and of what each of D modules predicts, in nats;
+    tokens: [B, T + D + 1]."""
+    made = logits(model, tokens[:, :-1])
+    targets = tokens.unfold(1, made[0].shape[1], 1)[:, 1:]  # [B, D + 1, T]
+    return [
+        F.cross_entropy(scores.flatten(0, 1), targets[:, place].flatten())
+        for place, scores in enumerate(made)
+    ]
 
 
 class Trainer:
@@ -158,7 +170,8 @@ class Trainer:
         self.device = torch.device(device)
         self.model = fresh(config, plan.seed).to(self.device)
         self.step = 0
-        self._windows = Windows(tokens, plan, self.device)
+        more = 1 + depth(self.model, plan.length)
+        self._windows = Windows(tokens, plan, self.device, more)
         # Scans are computed in float32; on a GPU their products may take its faster matrix units.
         torch.set_float32_matmul_precision("high")
         self._identity = {
@@ -176,8 +189,8 @@ class Trainer:
         """Fuse each block's operations. The first step then takes minutes, the others less."""
         # The blocks share one forward, of which each kind of layer is a version.
         torch._dynamo.config.recompile_limit = 64
-        module = prediction(self.model)
-        for block in (*self.model.blocks, *(module.blocks if module is not None else ())):
+        parts = (self.model.blocks, *(module.blocks for module in modules(self.model)))
+        for block in itertools.chain(*parts):
             block.compile(dynamic=False)
 
     def train(self, tell: Callable[[str], None], stop: Callable[[], bool], folder: Path) -> bool:
@@ -210,17 +223,19 @@ class Trainer:
             group["lr"] = self.plan.rate_at(self.step)
         gpu = self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=gpu):
-            loss, ahead = losses(self.model, self._windows.batch(self.step))
-        (loss if ahead is None else loss + self.plan.mtp_weight * ahead).backward()  # type: ignore[no-untyped-call]
+            loss, *deeper = losses(self.model, self._windows.batch(self.step))
+        # The modules' loss is the mean over their depths (arXiv:2412.19437, eq. 25).
+        ahead = torch.stack(deeper).mean() if deeper else loss * 0
+        (loss + self.plan.mtp_weight * ahead).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return torch.stack((loss, loss * 0 if ahead is None else ahead)).detach()
+        return torch.stack((loss, ahead)).detach()
 
     def _line(self, mean: list[float], pace: float) -> str:
         plan = self.plan
         left = (plan.steps - self.step) / pace / 60
-        ahead = f"  mtp {mean[1]:.3f}" if prediction(self.model) is not None else ""
+        ahead = f"  mtp {mean[1]:.3f}" if modules(self.model) else ""
         return (
             f"step {self.step}/{plan.steps}  loss {mean[0]:.3f}{ahead}  "
             f"{pace * plan.batch * plan.length / 1000:.0f}k tokens/s  {left:.1f} min left"

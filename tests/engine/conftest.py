@@ -1,9 +1,10 @@
-"""One thread, and the real SmolLM2 that several tests share."""
+"""One thread, every kind of mixer, and the real SmolLM2 that several tests share."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,18 @@ import torch
 from difyops import modelsource
 from difyops.engine.load import Loaded, load
 from difyops.engine.tokens import Tokenizer
+from tests.engine.gates import KINDS
 
-torch.set_num_threads(1)
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    """A mixer's name and its options."""
+    return KINDS[request.param]
 
 
 @pytest.fixture(scope="session")

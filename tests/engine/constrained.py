@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import random
 from typing import Any
 
+import jsonschema
 import numpy as np
 
 from difyops.engine.grammar import GrammarConstraint, Grammars
@@ -50,3 +53,39 @@ def taken(constraint: GrammarConstraint, tokens: list[int]) -> bool:
             return False
     constraint.rollback(len(tokens))
     return True
+
+
+def validates(text: str | None, schema: Any) -> bool:
+    if text is None:
+        return False
+    cls = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    return bool(cls(schema, format_checker=cls.FORMAT_CHECKER).is_valid(json.loads(text)))
+
+
+def walk_back_and_forth(
+    constraint: GrammarConstraint,
+    tokens: list[int],
+    *,
+    seed: int,
+    steps: int,
+    back: float,
+    most: int,
+) -> None:
+    """Along `tokens`, with a chance of `back` to go at most `most` of them back: each place has the
+    same mask whenever it is come to. Every place is."""
+    rng = random.Random(seed)
+    masks: list[Any] = []
+    at = 0
+    for _ in range(steps):
+        mask = constraint.mask()
+        if at == len(masks):
+            masks.append(None if mask is None else mask.copy())
+        assert np.array_equal(masks[at], mask) if mask is not None else masks[at] is None
+        if at == len(tokens) or (at and rng.random() < back):
+            n = rng.randint(1, min(at, most))
+            constraint.rollback(n)
+            at -= n
+        else:
+            constraint.advance(tokens[at])
+            at += 1
+    assert len(masks) == len(tokens) + 1

@@ -173,3 +173,19 @@ def near(got: Tensor, wanted: Tensor, bound: float = NEAR) -> None:
     assert got.shape == wanted.shape
     worst = float((got - wanted).abs().max()) if got.numel() else 0.0
     assert worst <= bound, worst
+
+
+class IsTransformers:
+    """The tests of a family. Its module has the fixture `oracle`."""
+
+    def test_prefill(self, oracle: Oracle) -> None:
+        oracle.whole_prefill()
+
+    def test_prefill_in_pieces(self, oracle: Oracle) -> None:
+        oracle.chunked_prefill()
+
+    def test_steps(self, oracle: Oracle) -> None:
+        oracle.steps()
+
+    def test_verify_commit_and_step(self, oracle: Oracle) -> None:
+        oracle.continuation()

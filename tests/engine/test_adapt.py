@@ -49,6 +49,15 @@ def test_what_looked_bad_is_tried_again() -> None:
     assert adaptive.best(1) == 2
 
 
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_warm_up_is_not_what_a_pass_costs(slow: int) -> None:
+    adaptive = Adaptive(1)
+    for number in range(2):
+        adaptive.took(1, 0, 1.0)
+        adaptive.took(1, 1, 5.0 if number == slow else 1.1)
+    assert adaptive.settled(1) == 1
+
+
 def test_batches_have_costs_of_their_own() -> None:
     adaptive = Adaptive(2)
     play(adaptive, 0.8, 1.0, 0.05)

@@ -202,7 +202,9 @@ def drafting(name: str) -> tuple[Decoder, Drafter]:
     if name == "medusa":
         model = made("gated_delta", medusa=3)
     else:
-        model = made("hybrid", mtp=RECURRENT_MTP if name == "recurrent mtp" else MTP)
+        count = int(name[0]) if name[0].isdigit() else 1
+        pattern = RECURRENT_MTP if "recurrent" in name else MTP
+        model = made("hybrid", mtp=pattern, mtp_modules=count)
     if name == "draft":
         return model, drafters.DraftModel(model, made("mamba2", seed=3))
     if name == "itself":  # always right
@@ -212,7 +214,10 @@ def drafting(name: str) -> tuple[Decoder, Drafter]:
     return model, drafter
 
 
-@pytest.mark.parametrize("name", ["mtp", "recurrent mtp", "medusa", "ngram", "draft", "itself"])
+@pytest.mark.parametrize(
+    "name",
+    ["mtp", "recurrent mtp", "2 mtp", "3 recurrent mtp", "medusa", "ngram", "draft", "itself"],
+)
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_p": 0.9, "seed": 7}])
 def test_every_drafter_changes_no_token(name: str, sampling: dict[str, Any]) -> None:
     """Not in sampling either: the tokens are the same, and so is their distribution."""

@@ -9,7 +9,6 @@ import threading
 from typing import Any
 
 import jsonschema
-import numpy as np
 import pytest
 
 from difyops.engine.grammar import GrammarFailed, Grammars
@@ -27,6 +26,7 @@ from tests.engine.constrained import (
     ids,
     ids_of,
     taken,
+    walk_back_and_forth,
     write,
 )
 from tests.engine.random_model import STOPS, RandomModel, allowed, tokenizer
@@ -186,24 +186,9 @@ def test_nothing_is_constrained_until_the_reasoning_closes() -> None:
 
 
 def test_rollback_over_the_boundary() -> None:
-    rng = random.Random(5)
     text = ids_of("so <think> it is</think>\n\nthe quick")
     constraint = GRAMMARS.choice(["the quick", "no"], after="</think>")
-    masks: list[Any] = []
-    at = 0
-    for _ in range(300):
-        mask = constraint.mask()
-        if at == len(masks):
-            masks.append(None if mask is None else mask.copy())
-        assert np.array_equal(masks[at], mask) if mask is not None else masks[at] is None
-        if at == len(text) or (at and rng.random() < 0.2):
-            n = rng.randint(1, min(at, 4))
-            constraint.rollback(n)
-            at -= n
-        else:
-            constraint.advance(text[at])
-            at += 1
-    assert len(masks) == len(text) + 1
+    walk_back_and_forth(constraint, text, seed=5, steps=300, back=0.2, most=4)
 
 
 def test_a_token_that_closes_and_goes_on() -> None:

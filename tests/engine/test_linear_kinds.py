@@ -18,11 +18,6 @@ from tests.engine.gates import WIDTH, Bench, error, tokens
 EXACT = 1e-10
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def estimates(rows: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """φ(q)ᵀφ(k) by each of many draws of ω, rows [draws, M, Dk]: [draws]."""
     each = (log_features(q, rows.flatten(0, 1)) + log_features(k, rows.flatten(0, 1))).exp()

@@ -11,7 +11,7 @@ import torch
 from difyops.engine.models import family
 from difyops.engine.models.decoder import Decoder
 from difyops.errors import UsageError
-from tests.engine.oracle import Oracle, ours, randomise
+from tests.engine.oracle import IsTransformers, Oracle, ours, randomise
 
 TINY: dict[str, Any] = {
     "model_type": "mamba2", "vocab_size": 61, "hidden_size": 20, "num_hidden_layers": 3,
@@ -44,21 +44,8 @@ def oracle(request: pytest.FixtureRequest) -> Oracle:
     return Oracle.of(*hugging_face(CONFIGS[request.param]))
 
 
-def test_prefill_is_transformers(oracle: Oracle) -> None:
-    oracle.whole_prefill()
-
-
-def test_prefill_in_pieces_is_transformers(oracle: Oracle) -> None:
-    oracle.chunked_prefill()
-
-
-def test_steps_are_transformers(oracle: Oracle) -> None:
-    """transformers' own steps forget time_step_limit; its one pass does not."""
-    oracle.steps()
-
-
-def test_verify_commit_and_step_are_transformers(oracle: Oracle) -> None:
-    oracle.continuation()
+class TestTransformers(IsTransformers):
+    """Its own steps forget time_step_limit; its one pass, which is compared with, does not."""
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -8,70 +8,9 @@ import pytest
 import torch
 
 from difyops.engine.mixers import REGISTRY, RecurrentMixer
-from tests.engine.gates import LENGTHS, Bench, error, tokens
+from tests.engine.gates import EXACT, KINDS, LENGTHS, Bench, error, tokens
 
-#: Never two dimensions that are equal by accident.
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "softmax": ("softmax", {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7}),
-    "softmax-rotary-normed": (
-        "softmax",
-        {"heads": 4, "kv_heads": 2, "head_dim": 10, "rotary_dim": 6, "qk_norm": True,
-         "norm_offset": 1.0, "gated": True},
-    ),
-    "gated-delta": (
-        "gated_delta",
-        {"key_heads": 2, "value_heads": 4, "key_dim": 5, "value_dim": 7},
-    ),
-    "gated-delta-wide-conv": (
-        "gated_delta",
-        {"key_heads": 3, "value_heads": 3, "key_dim": 6, "value_dim": 4, "conv_width": 6},
-    ),
-    "mamba2": ("mamba2", {"heads": 3, "head_dim": 5, "state_dim": 7}),
-    "mamba2-grouped-limited": (
-        "mamba2",
-        {"heads": 6, "head_dim": 4, "state_dim": 5, "groups": 2, "conv_width": 2, "bias": True,
-         "conv_bias": False, "dt_min": 0.01, "dt_max": 0.08},
-    ),
-    "linear": ("linear", {"heads": 3, "head_dim": 10, "value_dim": 7}),
-    "linear-exp": (
-        "linear",
-        {"heads": 6, "kv_heads": 2, "head_dim": 5, "value_dim": 7, "feature": "exp"},
-    ),
-    "linear-grouped-rotary": (
-        "linear", {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7, "rotary_dim": 4},
-    ),
-    "performer": ("performer", {"heads": 3, "head_dim": 5, "value_dim": 7, "features": 13}),
-    "performer-grouped-rotary": (
-        "performer",
-        {"heads": 4, "kv_heads": 2, "head_dim": 6, "value_dim": 7, "features": 11,
-         "rotary_dim": 4, "seed": 5},
-    ),
-    "norm": ("norm", {"heads": 3, "head_dim": 10, "value_dim": 7}),
-    "norm-grouped-rotary": (
-        "norm", {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7, "rotary_dim": 10},
-    ),
-    "diag": ("diag", {"heads": 3, "head_dim": 10, "value_dim": 7}),
-    "diag-grouped-rotary": (
-        "diag",
-        {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7, "rotary_dim": 4, "block": 5},
-    ),
-    "retention": ("retention", {"heads": 3, "head_dim": 5, "value_dim": 10}),
-    "retention-grouped-rotary": (
-        "retention", {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7, "rotary_dim": 10},
-    ),
-}  # fmt: skip
-
-EXACT, NEAR = 1e-10, 1e-4
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    return KINDS[request.param]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+NEAR = 1e-4
 
 
 def test_every_registered_mixer_is_tested() -> None:

@@ -12,20 +12,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from difyops.engine import models
+from difyops.engine.load import load
 from difyops.engine.mixers import Diag, Norm
 from difyops.engine.models import native
 from difyops.engine.models.decoder import Decoder
+from difyops.engine.models.mtp import modules
 from difyops.engine.state import StatePool
 from difyops.errors import UsageError
 from tests.engine import tiny
 from tests.engine.gates import error
 
 EXACT = 1e-10
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def reference(model: Decoder, tokens: Tensor) -> Tensor:
@@ -112,6 +109,21 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, kind: str, tied: bool) 
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("count", "prefix"), [(1, ""), (2, "0."), (3, "2.")])
+def test_prediction_modules_are_saved_and_loaded(tmp_path: Path, count: int, prefix: str) -> None:
+    """An only module is named as ever."""
+    keys: dict[str, Any] = {"mtp": tiny.PATTERNS["linear"], "mtp_modules": count}
+    folder = tiny.checkpoint(tmp_path / "m", **keys)
+    stored = load_file(folder / "model.safetensors")
+    assert f"extra.mtp.{prefix}fc.weight" in stored
+    model = load(folder).model
+    made = modules(model)
+    assert len(made) == count
+    assert len({module.fc.weight.data_ptr() for module in made}) == count
+    drawn = tiny.model(vocabulary=model.shape.vocabulary, **keys)[0].state_dict()
+    assert all(torch.equal(tensor, drawn[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_save_that_fails_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +161,9 @@ LINEAR = {"mixer": "linear", "heads": 4, "head_dim": 6}
          "pattern/0: Value error, kv_heads: 3 does not divide heads, 4", ""),
         ({"pattern": []}, "pattern: ", ""),
         ({"pattern": "diag"}, "pattern: ", ""),
+        ({"mtp_modules": 2}, "mtp_modules: needs mtp, the pattern of", ""),
+        ({"mtp": [LINEAR], "mtp_modules": 0}, "mtp_modules: Input should be greater", ""),
+        ({"mtp": [LINEAR], "mtp_modules": True}, "mtp_modules: Input should be a valid", ""),
         ({"width": "24"}, "width: Input should be a valid integer, not '24'", ""),
         ({"widht": 24}, "widht: not an option of a native config", "vocabulary, width"),
     ],

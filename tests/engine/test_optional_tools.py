@@ -8,7 +8,6 @@ import random
 from typing import Any
 
 import jsonschema
-import numpy as np
 import pytest
 
 from difyops.engine.freetext import FreeText
@@ -16,6 +15,7 @@ from difyops.engine.grammar import GrammarConstraint, Grammars
 from difyops.engine.schema import UnsupportedSchema
 from difyops.engine.toolcalls import ChatParser
 from difyops.engine.toolformats import Tool, ToolFormat
+from tests.engine.constrained import walk_back_and_forth
 from tests.engine.random_model import STOPS, RandomModel, allowed, tokenizer
 
 SIZE = 500
@@ -166,26 +166,10 @@ def test_rollback_over_calls_and_prose(tags: bool | None) -> None:
         '<tool_call>\n{"name": "search", "arguments": {"query": "a<b", "limit": 7}}\n</tool_call>'
     )
     text = words.encode(f"<think>in <tool_call> here</think>\n< ok {call}\n{call} done").ids
-    rng = random.Random(7)
     constraint = grammars.optional_tools(
         TOOLS, "hermes", parallel=True, begins="<think>", after="</think>"
     )
-    masks: list[Any] = []
-    at = 0
-    for _ in range(600):
-        mask = constraint.mask()
-        if at == len(masks):
-            masks.append(None if mask is None else mask.copy())
-        assert (mask is None) == (masks[at] is None)
-        assert mask is None or np.array_equal(mask, masks[at])
-        if at == len(text) or (at and rng.random() < 0.1):
-            n = rng.randint(1, min(at, 12))
-            constraint.rollback(n)
-            at -= n
-        else:
-            constraint.advance(text[at])
-            at += 1
-    assert len(masks) == len(text) + 1
+    walk_back_and_forth(constraint, list(text), seed=7, steps=600, back=0.1, most=12)
 
 
 @pytest.mark.parametrize(

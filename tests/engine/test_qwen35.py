@@ -16,7 +16,7 @@ from difyops.engine.models import family
 from difyops.engine.request import SamplingDefaults
 from difyops.errors import UsageError
 from tests.engine import tiny
-from tests.engine.oracle import Oracle, ours
+from tests.engine.oracle import IsTransformers, Oracle, ours
 
 TINY: dict[str, Any] = {
     "model_type": "qwen3_5_text", "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40,
@@ -50,20 +50,8 @@ def oracle(request: pytest.FixtureRequest) -> Oracle:
     return Oracle.of(Qwen3_5ForCausalLM(config), config.to_dict())
 
 
-def test_prefill_is_transformers(oracle: Oracle) -> None:
-    oracle.whole_prefill()
-
-
-def test_prefill_in_pieces_is_transformers(oracle: Oracle) -> None:
-    oracle.chunked_prefill()
-
-
-def test_steps_are_transformers(oracle: Oracle) -> None:
-    oracle.steps()
-
-
-def test_verify_commit_and_step_are_transformers(oracle: Oracle) -> None:
-    oracle.continuation()
+class TestTransformers(IsTransformers):
+    """Their whole sequences in one pass."""
 
 
 def test_at_the_released_eps_rounding_is_all_that_differs() -> None:

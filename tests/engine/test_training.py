@@ -8,19 +8,8 @@ import pytest
 import torch
 
 from tests.engine import tiny
-from tests.engine.gates import LENGTHS, Bench, error, tokens
+from tests.engine.gates import EXACT, KINDS, LENGTHS, Bench, error, tokens
 from tests.engine.runs import Run
-from tests.engine.test_mixers import EXACT, KINDS
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    return KINDS[request.param]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -53,7 +53,8 @@ def test_a_wildcard_is_reached_on_loopback(host: str, url: str) -> None:
 
 
 def test_llamacpp_without_a_key_or_a_chat_model() -> None:
-    from difyops.backends.llamacpp import config_text
+    def config_text(spec: Spec) -> str:
+        return backends.build("llamacpp", spec).files[Path("/d/etc/serving.json")].reveal()
 
     read = json.loads(config_text(replace(SPEC, api_key=None, llm=None)))
     assert read["api_key"] is None and "llm" not in read

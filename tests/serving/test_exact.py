@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from difyops.backends.exact import Comparison, Ways
 from difyops.checks.exact import exact_answers
 from difyops.secrets import Secret
 from tests.serving.conftest import CHAT, KEY, Running
-from tests.serving.faulty_server import Answer, faulty, refuse
+from tests.serving.faulty_server import Answer, faulty, refuse, stream
 from tests.unit.conftest import deployment
+from tests.unit.test_cli import main
 
 
 def test_the_real_llama_cpp_is_exact(server: Running) -> None:
@@ -103,6 +105,29 @@ def test_only_servers_that_name_themselves_are_sent_extensions() -> None:
     assert known("somebody") == Ways()
     assert known("llamacpp") == Ways({"cache_prompt": False})
     assert list(known("vllm").uncached or ()) == ["cache_salt"]
+
+
+@pytest.mark.parametrize(("second", "code"), [(RIGHT, 0), (WRONG, 1)])
+def test_any_server_without_a_deployment(
+    second: Answer, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    scored = answer("he saw a whale", 2.0)
+    with faulty(stream("Hello."), RIGHT, second, RIGHT, RIGHT, RIGHT, RIGHT, scored) as server:
+        assert main("doctor", "--url", server.url, "--json") == code
+    found = {check["id"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert list(found) == ["model.up", "model.chat", "model.exact"]
+    assert found["model.exact"]["status"] == ("fail" if code else "ok")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_server_is_not_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("doctor", "--model", "m") == 2
+    assert "--url" in capsys.readouterr().err
+    with faulty(RIGHT, models=b'{"data": []}') as server:
+        assert main("doctor", "--url", server.url) == 1
+    assert "has no chat model" in capsys.readouterr().err
 
 
 def test_reasoning_counts_as_text() -> None:

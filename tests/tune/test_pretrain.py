@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def config(kind: str = "hybrid", vocabulary: int = 96) -> dict[str, Any]:
+def config(kind: str = "hybrid", vocabulary: int = 96, **keys: Any) -> dict[str, Any]:
     mtp = [{"mixer": "softmax", **tiny.LAYERS["softmax"]}]
-    return tiny.config(kind, vocabulary=vocabulary, mtp=mtp)
+    return tiny.config(kind, vocabulary=vocabulary, mtp=mtp, **keys)
 
 
 def row(count: int = 4000, vocabulary: int = 96) -> np.ndarray[Any, Any]:
@@ -62,16 +61,15 @@ def run(folder: Path, stops: list[int], **keys: Any) -> tuple[Trainer, list[str]
     return trainer, said
 
 
-@pytest.mark.parametrize("kind", tiny.PATTERNS)
-def test_a_few_steps_lower_both_losses(kind: str, tmp_path: Path) -> None:
-    trainer = Trainer(config(kind), PLAN, row(), "cpu")
-    batch = torch.from_numpy(row()[:340].astype(np.int64)).view(10, 34)
+@pytest.mark.parametrize(("kind", "count"), [*((kind, 1) for kind in tiny.PATTERNS), ("hybrid", 3)])
+def test_a_few_steps_lower_every_loss(kind: str, count: int, tmp_path: Path) -> None:
+    trainer = Trainer(config(kind, mtp_modules=count), PLAN, row(), "cpu")
+    batch = torch.from_numpy(row()[:360].astype(np.int64)).view(10, 36)[:, : 33 + count]
     before = losses(trainer.model, batch)
     assert trainer.train(lambda _: None, never, tmp_path)
     after = losses(trainer.model, batch)
-    assert before[1] is not None and after[1] is not None
-    assert after[0] < before[0] - 0.1
-    assert after[1] < before[1] - 0.1
+    assert all(a < b - 0.1 for a, b in zip(after, before, strict=True))
+    assert len(after) == 1 + count
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
@@ -91,7 +89,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 def test_windows_are_all_of_the_data_once_an_epoch_and_know_what_follows() -> None:
     plan = Plan(length=10, batch=3)
-    windows = Windows(np.arange(10 * 10 + 2, dtype="<u2"), plan, torch.device("cpu"))
+    windows = Windows(np.arange(10 * 10 + 2, dtype="<u2"), plan, torch.device("cpu"), 2)
     epochs = [torch.cat([windows.batch(3 * e + n) for n in range(3)]) for e in range(2)]
     for epoch in epochs:
         assert (epoch.diff() == 1).all() and epoch.shape == (9, 12)
@@ -99,45 +97,69 @@ def test_windows_are_all_of_the_data_once_an_epoch_and_know_what_follows() -> No
     assert not torch.equal(*epochs)
     assert torch.equal(windows.batch(0), epochs[0][:3])
     with pytest.raises(UsageError, match="not one batch"):
-        Windows(np.arange(20, dtype="<u2"), plan, torch.device("cpu"))
+        Windows(np.arange(20, dtype="<u2"), plan, torch.device("cpu"), 2)
 
 
-def test_the_module_sees_one_token_more_and_predicts_one_further() -> None:
-    """A token's own change is seen by the module one place before the model sees it, and never
-    by what predicts that token."""
-    model = fresh(config(), 0).double()
-    tokens = torch.arange(21)[None] % 96
+@pytest.mark.parametrize("count", [1, 3])
+def test_each_module_sees_one_token_more_and_predicts_one_further(count: int) -> None:
+    """A token's own change is seen by a module one place before the module above it, or the model,
+    sees it, and never by what predicts that token."""
+    model = fresh(config(mtp_modules=count), 0).double()
+    tokens = torch.arange(20 + count)[None] % 96
     changed = tokens.clone()
     changed[0, 10] = 50
     with torch.no_grad():
         pairs = zip(logits(model, tokens), logits(model, changed), strict=True)
-        first, second = ((a - b)[0].abs().amax(-1) > 1e-9 for a, b in pairs)
-    assert first.tolist() == [p >= 10 for p in range(20)]
-    assert second.tolist() == [p >= 9 for p in range(20)]
+        seen = [((a - b)[0].abs().amax(-1) > 1e-9).tolist() for a, b in pairs]
+    assert seen == [[p >= 10 - depth for p in range(20)] for depth in range(1 + count)]
 
 
-def test_evaluation_is_the_mean_over_the_text() -> None:
-    torch.manual_seed(0)
-    model = tiny.model("hybrid", dtype=torch.float64, mtp=config()["mtp"])[0]
-    model.extra["mtp"].fc.weight.fill_(0.0)  # its guess is always the same, and so at times true
-    tokens, sizes = row(200), torch.full((96,), 2)
+@pytest.mark.parametrize("count", [1, 3])
+def test_evaluation_is_the_mean_over_the_text(count: int) -> None:
+    keys = {"mtp": config()["mtp"], "mtp_modules": count, "vocabulary": 8}  # some guesses are true
+    model = tiny.model("hybrid", dtype=torch.float64, **keys)[0]
+    tokens, sizes = row(203, 8), torch.full((8,), 2)
     scores = evaluate(model, tokens, sizes, length=33, batch=2)
     with torch.no_grad():
-        windows = torch.from_numpy(tokens[: 5 * 33 + 2 + 33].astype(np.int64)).unfold(0, 35, 33)
-        loss, ahead = losses(model, windows)
-        first, second = (made.argmax(-1).tolist() for made in logits(model, windows[:, :-1]))
-    came_true = [g == c for gs, cs in zip(second, first, strict=True) for g, c in pairs(gs, cs)]
-    assert 0 < sum(came_true) < len(came_true)
-    assert scores.acceptance == pytest.approx(sum(came_true) / len(came_true))
+        text = torch.from_numpy(tokens[: 6 * 33 + 1 + count].astype(np.int64))
+        windows = text.unfold(0, 33 + 1 + count, 33)
+        loss, *ahead = losses(model, windows)
+        choices, *guesses = (made.argmax(-1).tolist() for made in logits(model, windows[:, :-1]))
+    for depth, (guessed, share) in enumerate(zip(guesses, scores.acceptances, strict=True), 1):
+        # The guess made at p stands for the place that the model fills at p + depth.
+        came_true = [
+            guess == choice
+            for guessed_row, chosen in zip(guessed, choices, strict=True)
+            for guess, choice in zip(guessed_row[:-depth], chosen[depth:], strict=True)
+        ]
+        assert 0 < sum(came_true) < len(came_true) == 6 * (33 - depth)
+        assert share == pytest.approx(sum(came_true) / len(came_true))
     assert scores.tokens == 33 * len(windows) == 198
     assert scores.loss == pytest.approx(float(loss))
-    assert ahead is not None and scores.mtp_loss == pytest.approx(float(ahead))
+    assert scores.mtp_losses == pytest.approx([float(each) for each in ahead])
+    assert [name for name, _ in scores.lines()][3:5] == [
+        "loss of the second token, nats", "MTP acceptance, k = 1, greedy, on given text"
+    ]  # fmt: skip
     assert scores.bits_per_byte == pytest.approx(float(loss) / 2 / np.log(2))
 
 
-def pairs(guesses: list[int], choices: list[int]) -> Iterator[tuple[int, int]]:
-    """The guess made at p stands for the place that the model fills at p + 1."""
-    return zip(guesses[:-1], choices[1:], strict=True)
+def test_the_modules_loss_is_the_mean_over_their_depths(tmp_path: Path) -> None:
+    """Gradients of a step, not clipped, are those of loss + weight * mean."""
+    plan = Plan(tokens=4 * 32, length=32, batch=4, rate=0.0, warmup=0, clip=1e9, mtp_weight=0.7)
+    trainer = Trainer(config(mtp_modules=3), plan, row(), "cpu")
+    kept: dict[str, torch.Tensor] = {}
+    trainer.model.embed.weight.register_hook(lambda grad: kept.update(got=grad.clone()))
+    trainer.train(lambda _: None, never, tmp_path)
+    model = fresh(config(mtp_modules=3), plan.seed)
+    first, *deeper = losses(model, Windows(row(), plan, torch.device("cpu"), 4).batch(0))
+    (first + 0.7 * (deeper[0] + deeper[1] + deeper[2]) / 3).backward()
+    assert model.embed.weight.grad is not None
+    assert torch.allclose(kept["got"], model.embed.weight.grad, atol=1e-7)
+
+
+def test_sequences_too_short_for_the_modules_are_refused() -> None:
+    with pytest.raises(UsageError, match="3 tokens are too short for mtp_modules: 3"):
+        Trainer(config(mtp_modules=3), Plan(length=3, batch=4), row(), "cpu")
 
 
 @pytest.fixture(scope="module")

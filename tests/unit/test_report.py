@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from difyops import report
-from difyops.errors import StepError
+from difyops.errors import DifyopsError, StepError
 
 SCRIPT = """
 import time
@@ -94,6 +94,17 @@ def test_a_sign_of_life_of_a_silent_step(capsys: pytest.CaptureFixture[str]) -> 
     assert said[-1] == "  . python         3 of 412  logs/steps/python.log"
     time.sleep(0.12)
     assert capsys.readouterr().err == ""  # over means over
+
+
+def test_a_silent_step_that_fails_gives_no_sign_of_life_after_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(DifyopsError), report.Lines(silence=0.02) as lines:
+        lines.started("python")
+        raise DifyopsError("the disk is full")
+    capsys.readouterr()
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_failed_step_reads_from_its_log_to_the_remedy(

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
 #: Batches whose kernels are so short that their starts count. In larger ones a kernel that waits
 #: takes room from the one that works: one sequence gains a quarter, 64 lose a little (H200).
 _FEW = 4

@@ -1,4 +1,4 @@
-"""Multi-token prediction: a small module that guesses the token behind the next one."""
+"""Multi-token prediction: small modules that guess the tokens behind the next one."""
 
 from __future__ import annotations
 
@@ -7,37 +7,46 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from difyops.engine.models.decoder import Block, Run
+from difyops.engine.models.decoder import Block, Decoder, Run
 from difyops.engine.state import LayerState
 
 
 class MultiTokenPrediction(nn.Module):
     """One module (arXiv:2412.19437, section 2.2; the idea: arXiv:2404.19737).
 
-    For the final-normed hidden state h of one token and the embedding e of the following one,
-    fc(concat(pre_fc_norm_embedding(e), pre_fc_norm_hidden(h))) goes through `blocks` and `norm`,
-    and the model's own head makes logits of it. e comes first, as in every released checkpoint and
-    the reverse of the paper. For guesses further ahead its output stands in for h.
+    The module of depth d, from 1 on, turns h[d - 1] at place i and the embedding e of token i + d
+    into h[d] at i: fc(concat(pre_fc_norm_embedding(e), pre_fc_norm_hidden(h[d - 1]))) goes through
+    `blocks` and `norm`, and the model's own head makes logits of token i + d + 1 of it. h[0] is the
+    model's final-normed hidden state. e comes first, as in every released checkpoint and the
+    reverse of the paper. For guesses beyond the last depth a module's output stands in for its h.
     """
+
+    blocks: Sequence[Block]
 
     def __init__(self, width: int, blocks: Sequence[Block], norm: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.pre_fc_norm_embedding = norm()
         self.pre_fc_norm_hidden = norm()
         self.fc = nn.Linear(2 * width, width, bias=False)
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = norm()
 
     def forward(
         self, embedded: Tensor, hidden: Tensor, run: Run, layers: Sequence[LayerState | None]
     ) -> Tensor:
-        """embedded, hidden: [..., width], of token p + 1 and of token p -> [..., width]."""
+        """embedded, hidden: [..., width], e and h[d - 1] of each place -> h[d], [..., width]."""
         both = (self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden))
         x = self.fc(torch.cat(both, dim=-1))
         for block, state in zip(self.blocks, layers, strict=True):
             x = block(x, run, state)
         normed: Tensor = self.norm(x)
         return normed
+
+
+def modules(model: Decoder) -> list[MultiTokenPrediction]:
+    """A model's modules by depth; empty when it has none."""
+    found = dict(model.extra.items()).get("mtp", ())
+    return [found] if isinstance(found, MultiTokenPrediction) else list(found)  # type: ignore[arg-type]
 
 
 class MedusaHead(nn.Module):

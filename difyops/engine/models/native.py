@@ -8,7 +8,8 @@ config.json, here TransNormer (arXiv:2210.10340) with 12 layers:
                  {"mixer": "norm", "repeat": 6, "heads": 6, "head_dim": 64}]}
 
 Beside `mixer` and `repeat`, an entry has the mixer's options. `mtp` is such a pattern for the
-blocks of a multi-token prediction module, `medusa` the number of Medusa heads.
+blocks of a multi-token prediction module, and `mtp_modules` says how many of these there are, each
+for guesses one token further ahead; `medusa` is the number of Medusa heads.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class NativeConfig(BaseModel):
     tied: bool = True
     pattern: list[dict[str, Any]] = Field(min_length=1)
     mtp: list[dict[str, Any]] = Field(default_factory=list)
+    mtp_modules: int = Field(1, ge=1, le=16)
     medusa: int = Field(0, ge=0, le=16)
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     eos_token_id: int | list[int] | None = None
@@ -70,14 +72,16 @@ def build(config: Mapping[str, Any]) -> Decoder:
 
     extra = nn.ModuleDict()
     if c.mtp:
-        extra["mtp"] = MultiTokenPrediction(c.width, blocks("mtp"), norm)
+        modules = [MultiTokenPrediction(c.width, blocks("mtp"), norm) for _ in range(c.mtp_modules)]
+        extra["mtp"] = modules[0] if c.mtp_modules == 1 else nn.ModuleList(modules)
     if c.medusa:
         extra["medusa"] = nn.ModuleList(MedusaHead(c.width, c.vocabulary) for _ in range(c.medusa))
     shape = Shape(c.width, c.vocabulary, c.context)
     return Decoder(shape, blocks("pattern"), norm(), tied=c.tied, extra=extra)
 
 
-#: Names in the checkpoint are those in the module.
+#: Names in the checkpoint are those in the module: `extra.mtp.fc.weight` of an only module,
+#: `extra.mtp.0.fc.weight` of the first of several.
 FAMILY = Family("difyops_native", build, lambda name: name)
 
 
@@ -116,6 +120,11 @@ def _checked(config: Mapping[str, Any]) -> NativeConfig:
         raise _explained(error, (), "a native config", NativeConfig.model_fields) from None
     for key in ("pattern", "mtp"):
         list(_layers(checked, key))
+    if "mtp_modules" in checked.model_fields_set and not checked.mtp:
+        raise _wrong(
+            ("mtp_modules",),
+            "needs mtp, the pattern of each module's layers: give it, or leave this out",
+        )
     return checked
 
 
