@@ -208,6 +208,15 @@ def status_line(before: Stats, now: Stats, seconds: float) -> str:
     ]
     if now.pages:
         parts.append(f"pages {(now.pages - now.free_pages) / now.pages:.0%}")
+    drafted = sum(now.counters.drafted.values()) - sum(before.counters.drafted.values())
+    if drafted:
+        accepted = sum(now.counters.accepted.values()) - sum(before.counters.accepted.values())
+        parts.append(f"guesses right {accepted / drafted:.0%}")
+    if now.prefix is not None and before.prefix is not None:
+        looked_up = now.prefix.looked_up - before.prefix.looked_up
+        reused = now.prefix.reused - before.prefix.reused
+        if looked_up:
+            parts.append(f"prefix hits {reused / looked_up:.0%}")
     return "  ".join(parts)
 
 
