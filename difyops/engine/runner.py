@@ -203,7 +203,7 @@ class Engine:
                 token_bytes=self.pool.token_bytes,
                 state_bytes=self.pool.bytes,
                 counters=copy.deepcopy(self._counters),
-                prefix=copy.copy(self.cache.usage) if self.cache is not None else None,
+                prefix=self.cache.stats() if self.cache is not None else None,
                 guesses=self._last_guesses,
             )
 
