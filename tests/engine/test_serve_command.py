@@ -157,6 +157,9 @@ def test_the_model_that_comes_along(serve: Callable[..., Serve]) -> None:
         (["smollm2-135m", "--context", "9000"], 2, "smollm2-135m has 8192"),
         (["{}", "--context", "513"], 2, "513 tokens were asked for, and tiny has 512"),
         (["{}", "--device", "gpu"], 2, "device: 'gpu' is none of cpu, cuda, cuda:N, auto"),
+        (["{}", "--speculate", "nonsense"], 2, "--speculate: 'nonsense' is none of auto, off, mtp"),
+        (["{}", "--speculate", "draft:nope"], 2, "speculate: no model 'nope'"),
+        (["{}", "--speculate", "draft:minilm-l6"], 2, "speculate: minilm-l6"),
         (["{}", "--embedding", "bogus"], 2, "Fix: embedding models: minilm-l6"),
     ],
 )
