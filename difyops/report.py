@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
+    from difyops.bench import gpu as gpu_bench
     from difyops.bench import spec
     from difyops.bench.serve import Comparison
     from difyops.bringup import BroughtUp
@@ -415,5 +416,14 @@ def speculation(found: spec.Found) -> None:
     _table(spec.table(found))
     emit("")
     _table(spec.conversation_table(found))
+    for line in found.remarks():
+        emit(line)
+
+
+def gpu(found: gpu_bench.Found) -> None:
+    """The table of `difyops bench gpu`; below it what else one must know to read it."""
+    from difyops.bench.gpu import table
+
+    _table(table(found))
     for line in found.remarks():
         emit(line)

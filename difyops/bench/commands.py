@@ -15,10 +15,11 @@ from difyops.serve_command import Dtype
 
 if TYPE_CHECKING:
     from difyops import report
+    from difyops.bench import gpu as of_a_gpu
     from difyops.bench import serve as of_servers
     from difyops.bench import spec as of_speculation
 
-Found = TypeVar("Found", "of_servers.Comparison", "of_speculation.Found")
+Found = TypeVar("Found", "of_servers.Comparison", "of_speculation.Found", "of_a_gpu.Found")
 
 app = typer.Typer(
     help="Measure, beside others, on this machine.", no_args_is_help=True, rich_markup_mode=None
@@ -123,6 +124,29 @@ def spec(
         raise typer.Exit(EXIT_FAILED)
 
 
+@app.command(
+    epilog="Examples: difyops bench gpu | difyops bench gpu --shape qwen3.5-0.8b --sequences 1,64"
+)
+def gpu(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="qwen3.5-0.8b, mamba2-1.3b or linear-1b; may be repeated."),
+    ] = None,
+    sequences: Annotated[str, typer.Option(help="How many at a time, rows for each.")] = "1,64,256",
+    eager: Annotated[bool, typer.Option(help="Without graphs and kernels, too.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Decoding and prompts beside what the GPU's memory and arithmetic allow. Random weights."""
+    from difyops import report
+    from difyops.bench import gpu as measuring
+
+    shapes = tuple(dict.fromkeys(shape or measuring.SHAPES))
+    numbers = _numbers(sequences, "--sequences")
+    with _progress() as progress:
+        found = measuring.run(measuring.Wanted(shapes, numbers, eager=eager), progress)
+    _emit(found, report.gpu, json)
+
+
 @contextmanager
 def _progress() -> Iterator[report.Lines]:
     """A line for each step, and one for Ctrl-C."""
@@ -150,8 +174,8 @@ def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, option: str = "--streams") -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and 1 <= int(part) <= 1024 for part in parts):
-        raise UsageError(f"--streams: {text!r} is no list of numbers from 1 to 1024", "1,8,32")
+        raise UsageError(f"{option}: {text!r} is no list of numbers from 1 to 1024", "1,8,32")
     return [int(part) for part in dict.fromkeys(parts)]

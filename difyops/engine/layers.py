@@ -12,7 +12,55 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class RMSNorm(nn.Module):
+class Fusible(nn.Module):
+    """A module that has kernels for a GPU (kernels/). It uses them once `fuse` was called: from
+    then on its weights stay where they are, and nothing is differentiated."""
+
+    fused = False
+
+    def fuse(self) -> None:
+        self.fused = True
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear of a fused module."""
+    if x.numel() > x.shape[-1]:
+        return F.linear(x, weight, bias)
+    from difyops.engine.kernels import product
+
+    return product.row(x, weight, bias)
+
+
+class Joined:
+    """Linear layers that read the same input, as one product: their weights become views of one
+    matrix, in the same memory."""
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        self._sizes = [layer.out_features for layer in layers]
+        self._weight = torch.cat([layer.weight.data for layer in layers])
+        self._bias = None
+        if layers[0].bias is not None:
+            self._bias = torch.cat([layer.bias.data for layer in layers])
+        for layer, part in zip(layers, torch.split(self._weight, self._sizes), strict=True):
+            layer.weight.data = part
+
+    def whole(self, x: Tensor) -> Tensor:
+        """[..., width] -> what all layers answer, side by side."""
+        return product(x, self._weight, self._bias)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu of what the first of two layers answers, times what the second does."""
+        from difyops.engine.kernels import norm, product
+
+        if x.numel() == x.shape[-1]:
+            return product.silu_row(x, self._weight, self._bias)
+        return norm.silu_product(self.whole(x))
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(self.whole(x), self._sizes, dim=-1)
+
+
+class RMSNorm(Fusible):
     """x / rms(x) * (weight + offset), over the last dimension (arXiv:1910.07467).
 
     Qwen3.5 stores weights around 0, so its `offset` is 1. Answers in the weight's dtype: a
@@ -25,7 +73,20 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.offset = offset
 
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """x + delta, and its norm."""
+        if not self.fused:
+            x = x + delta
+            return x, self(x)
+        from difyops.engine.kernels.norm import add_norm
+
+        return add_norm(x, delta, self.weight, self.eps, self.offset)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            from difyops.engine.kernels.norm import add_norm
+
+            return add_norm(x, None, self.weight, self.eps, self.offset)[1]
         h = x.to(wide(x.dtype))
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         if self.offset:
@@ -34,7 +95,7 @@ class RMSNorm(nn.Module):
         return h.to(self.weight.dtype) * self.weight
 
 
-class GatedRMSNorm(nn.Module):
+class GatedRMSNorm(Fusible):
     """rms_norm(x) * weight * silu(gate), or with `gate_first` rms_norm(x * silu(gate)) * weight.
 
     The last dimension is normed in `groups` parts. Computes in float32 or wider and answers in the
@@ -51,6 +112,12 @@ class GatedRMSNorm(nn.Module):
         self.gate_first = gate_first
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        if self.fused:
+            from difyops.engine.kernels.norm import gated_norm
+
+            rows = (x.flatten(0, -2), gate.flatten(0, -2))
+            out = gated_norm(*rows, self.weight, self.eps, self.groups, self.gate_first)
+            return out.view(gate.shape)
         h, opened = x.to(wide(x.dtype)), F.silu(gate.to(wide(gate.dtype)))
         if self.gate_first:
             h = h * opened
@@ -60,7 +127,7 @@ class GatedRMSNorm(nn.Module):
         return (h if self.gate_first else h * opened).to(gate.dtype)
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Fusible):
     """down(silu(gate(x)) * up(x)): SwiGLU (arXiv:2002.05202)."""
 
     def __init__(self, width: int, hidden: int, bias: bool = False) -> None:
@@ -69,8 +136,17 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(width, hidden, bias=bias)
         self.down_proj = nn.Linear(hidden, width, bias=bias)
 
+    def fuse(self) -> None:
+        if not self.fused:
+            self._inward = Joined(self.gate_proj, self.up_proj)
+        super().fuse()
+
     def forward(self, x: Tensor) -> Tensor:
-        down: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        down: Tensor
+        if self.fused:
+            down = product(self._inward.gated(x), self.down_proj.weight, self.down_proj.bias)
+            return down
+        down = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return down
 
 

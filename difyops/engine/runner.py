@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from difyops.engine import sample
+from difyops.engine import graphs, kernels, sample
 from difyops.engine.adapt import Adaptive
 from difyops.engine.models.decoder import Decoder
 from difyops.engine.prefix import PrefixCache, Usage
@@ -82,7 +82,8 @@ class Engine:
     `slots` sequences run at a time, each of at most `context` tokens. `pages` bounds the keys and
     values of softmax layers over all sequences; without it every slot can be full. `drafter`
     guesses ahead: `guesses` tokens in every pass, or without it as many as pay. `prefix_bytes` of
-    state are kept for prompts that begin alike.
+    state are kept for prompts that begin alike. On a GPU with Triton the model is fused, and its
+    plain step runs as CUDA graphs.
 
     Raises ValueError for `guesses` that the drafter cannot make.
     """
@@ -105,6 +106,8 @@ class Engine:
             raise ValueError(f"guesses: {guesses} is not from 0 to {most}, what is drafted at most")
         self.model = model.eval().requires_grad_(False)
         self.device = model.embed.weight.device
+        if kernels.usable(self.device, model.dtype):
+            model.fuse()
         self.context = context
         self.drafter = drafter
         self._adaptive = Adaptive(most) if most and guesses is None else None
@@ -119,6 +122,7 @@ class Engine:
             pages=pages,
             device=self.device,
         )
+        self._steps: graphs.Steps = graphs.Eager(model, self.pool)
         self.cache: PrefixCache[Snapshot] | None = (
             PrefixCache(prefix_bytes, self.pool.drop) if prefix_bytes else None
         )
@@ -219,6 +223,8 @@ class Engine:
         hidden = torch.cat((hidden, self.model.step(self._tensor([0]), self.pool, slots)))
         self.model.logits(hidden)
         self.pool.release(slot)
+        if graphs.possible(self.model):
+            self._steps = graphs.Captured(self.model, self.pool)
 
     @torch.inference_mode()
     def _main(self) -> None:
@@ -291,13 +297,12 @@ class Engine:
 
     def _step(self, requests: Sequence[Request], outputs: dict[Request, Output]) -> None:
         """One token each."""
-        slots = self._slots(requests)
-        tokens = self._tensor([request.tokens[-1] for request in requests])
-        hidden = self.model.step(tokens, self.pool, slots)
-        self._drafter_reads(tokens, hidden, slots, self._tensor(range(len(requests) + 1)))
+        tokens = [request.tokens[-1] for request in requests]
+        step = self._steps.run(tokens, [request.slot or 0 for request in requests])
+        self._drafter_reads(step.tokens, step.hidden, step.slots, step.bounds)
         for request in requests:
             request.computed += 1
-        self._judge(requests, self.model.logits(hidden)[:, None], [[]] * len(requests), outputs)
+        self._judge(requests, step.logits[:, None], [[]] * len(tokens), outputs, step.best)
 
     def _speculate(
         self, requests: Sequence[Request], k: int, outputs: dict[Request, Output]
@@ -329,16 +334,18 @@ class Engine:
         logits: Tensor,
         guesses: Sequence[Sequence[int]],
         outputs: dict[Request, Output],
+        best: Sequence[int] | None = None,
     ) -> list[int]:
         """Choose tokens along each row of logits [B, K, V] for as long as the guesses come true.
 
         Answers how many places of each row count: the tokens at them are in the sequence now.
         Every place is chosen after the tokens before it were taken in, so that a grammar's mask
-        and penalties are those of plain decoding.
+        and penalties are those of plain decoding. `best`: see sample.choose, where K is 1.
         """
         taken, going = [0] * len(requests), list(range(len(requests)))
         for place in range(logits.shape[1]):
-            choices = sample.choose(logits[going, place], [requests[i] for i in going])
+            rows = logits[:, place] if len(going) == len(requests) else logits[going, place]
+            choices = sample.choose(rows, [requests[i] for i in going], best)
             still = []
             for i, choice in zip(going, choices, strict=True):
                 request, taken[i] = requests[i], place + 1

@@ -15,17 +15,38 @@ from torch import Tensor
 from difyops.engine.layers import wide
 from difyops.engine.request import Request, SamplingParams, TokenLogprob
 
+NO_NUMBERS = "the model's scores are not numbers"
 
-def choose(logits: Tensor, requests: Sequence[Request]) -> list[TokenLogprob | Exception]:
+
+def choose(
+    logits: Tensor, requests: Sequence[Request], best: Sequence[int] | None = None
+) -> list[TokenLogprob | Exception]:
     """The next token of each request: logits [R, V], row i for requests[i].
+
+    `best` is the largest logit's token of each row where that is known already, negative for a row
+    that holds no numbers: only the rows that need more than that are looked at.
 
     For a row that holds no numbers, or whose grammar fails, the exception that says so: the other
     rows are nobody else's business. Log-probabilities are the model's own: of the logits
     before penalties, grammar and temperature; nan where none were asked for.
     """
+    if best is None:
+        return _choose(logits, requests)
+    rest = [i for i, request in enumerate(requests) if not _is_greedy(request)]
+    chosen: dict[int, TokenLogprob | Exception] = {}
+    if rest:
+        found = _choose(logits[rest], [requests[i] for i in rest])
+        chosen = dict(zip(rest, found, strict=True))
+    for i, token in enumerate(best):
+        if i not in chosen:
+            chosen[i] = TokenLogprob(token, float("nan")) if token >= 0 else ValueError(NO_NUMBERS)
+    return [chosen[i] for i in range(len(requests))]
+
+
+def _choose(logits: Tensor, requests: Sequence[Request]) -> list[TokenLogprob | Exception]:
     scores = logits.to(wide(logits.dtype))
     failed: dict[int, Exception] = {
-        i: ValueError("the model's scores are not numbers")
+        i: ValueError(NO_NUMBERS)
         for i, broken in enumerate(scores.isnan().any(-1).tolist())
         if broken
     }
@@ -47,6 +68,12 @@ def choose(logits: Tensor, requests: Sequence[Request]) -> list[TokenLogprob | E
         failed.get(i) or _reported(scores[i], token, requests[i].sampling.logprobs)
         for i, token in enumerate(tokens)
     ]
+
+
+def _is_greedy(request: Request) -> bool:
+    """Whether the largest score is all that matters."""
+    s = request.sampling
+    return s.temperature == 0 and s.logprobs is None and not _is_adjusted(request)
 
 
 def _is_adjusted(request: Request) -> bool:

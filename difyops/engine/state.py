@@ -237,11 +237,11 @@ class StatePool:
                 tensor[:, slot] = spec.fill
             for track in (self.main, *self.drafting):
                 track.lengths[slot] = 0
-        for slot in self.table.moved:
-            pages = self.table.pages_of(slot)
-            row = torch.tensor(pages, dtype=torch.int64, device=self._page_rows.device)
-            self._page_rows[slot, : len(pages)] = row
-            self._page_rows[slot, len(pages) :] = 0
+        if self.table.moved:
+            slots, width = sorted(self.table.moved), self._page_rows.shape[1]
+            rows = [self.table.pages_of(slot) for slot in slots]
+            padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+            self._page_rows[slots] = padded.to(self._page_rows.device)
         self.table.fresh.clear()
         self.table.moved.clear()
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Tensor
 
-from difyops.engine.layers import wide
+from difyops.engine.kernels.spans import Spans
+from difyops.engine.layers import Fusible, wide
 from difyops.engine.state import LayerState, StateSpec
 
 #: Per-token tensors by name, e.g. q: [B, T, H, Dk].
@@ -25,13 +26,19 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Mixer(nn.Module, ABC):
+class Mixer(Fusible, ABC):
     """One layer's mixing of tokens. Made as `Kind(width, Kind.Options(...))`.
 
     All forms compute the same function of a sequence. x is [..., width] and so is what they
     answer. `slots` ([B], int64) says which sequences; `state.lengths[slots]` is how many tokens
     came before.
     """
+
+    @property
+    def graphable(self) -> bool:
+        """Whether `step` never waits for a GPU, and does the same work whatever lies there: it
+        may be captured as a graph."""
+        return True
 
     @abstractmethod
     def state_spec(self) -> StateSpec:
@@ -96,6 +103,22 @@ class RecurrentMixer(Mixer):
     def recur(self, inputs: Inputs, carry: Carry) -> tuple[Tensor, Carry]:
         """One token: inputs [B, …], carry [B, …] -> out [B, …] and the new carry."""
 
+    #: Whether project looks at positions.
+    positional = True
+
+    @property
+    def in_place(self) -> bool:
+        """Whether `advance` is there: kernels that read and write the state where it lies."""
+        return False
+
+    def advance(self, inputs: Inputs, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
+        """recur for each token of each span: inputs [N, …], slots [B] -> out [N, …]."""
+        raise NotImplementedError
+
+    def finish(self, out: Tensor, inputs: Inputs, x: Tensor) -> Tensor:
+        """emit, for what advance answers."""
+        return self.emit(out, x)
+
     @abstractmethod
     def emit(self, out: Tensor, x: Tensor) -> Tensor:
         """The layer's output from what was mixed and the layer's input: [..., width]."""
@@ -115,9 +138,14 @@ class RecurrentMixer(Mixer):
 
     def prefill(self, x: Tensor, state: LayerState, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
         lengths = cu_seqlens.diff()
-        within = _within(cu_seqlens, lengths)
-        positions = state.lengths[slots].repeat_interleave(lengths) + within
+        positions = slots
+        if self.positional or not self.in_place:
+            within = _within(cu_seqlens, lengths, len(x))
+            positions = state.lengths[slots].repeat_interleave(lengths, output_size=len(x)) + within
         inputs = self.project(x, positions)
+        if self.in_place:
+            out = self.advance(inputs, state, slots, Spans.packed(cu_seqlens))
+            return self.finish(out, inputs, x)
         place = _places(lengths, within)
         padded = {name: _pad(tensor, place, lengths) for name, tensor in inputs.items()}
         out, carry = self.scan(padded, state.read(slots), lengths)
@@ -125,7 +153,10 @@ class RecurrentMixer(Mixer):
         return self.emit(out.flatten(0, 1)[place], x)
 
     def step(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
-        inputs = self.project(x, state.lengths[slots])
+        positions = state.lengths[slots] if self.positional else slots
+        inputs = self.project(x, positions)
+        if self.in_place:
+            return self.finish(self.advance(inputs, state, slots, Spans()), inputs, x)
         out, carry = self.recur(inputs, state.read(slots))
         state.write(slots, carry)
         return self.emit(out, x)
@@ -134,10 +165,19 @@ class RecurrentMixer(Mixer):
         count = x.shape[1]
         inputs = self.project(x, drafted_positions(state, slots, count))
         state.keep(slots, inputs)
+        if self.in_place:
+            flat = {name: tensor.flatten(0, 1) for name, tensor in inputs.items()}
+            out = self.advance(flat, state, slots, Spans(count, kept=False))
+            return self.finish(out, flat, x.flatten(0, 1)).view_as(x)
         out, _ = self.scan(inputs, state.read(slots), torch.full_like(slots, count))
         return self.emit(out, x)
 
     def commit(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
+        if self.in_place:
+            inputs = {name: tensor[slots].flatten(0, 1) for name, tensor in state.replay.items()}
+            window = next(iter(state.replay.values())).shape[1]
+            self.advance(inputs, state, slots, Spans.beginnings(accepted, window))
+            return
         inputs = state.kept(slots, int(accepted.max()))
         if next(iter(inputs.values())).shape[1]:
             state.write(slots, self.scan(inputs, state.read(slots), accepted)[1])
@@ -163,10 +203,10 @@ def within_length(lengths: Tensor, count: int) -> Tensor:
     return torch.arange(count, device=lengths.device) < lengths[:, None]
 
 
-def _within(cu_seqlens: Tensor, lengths: Tensor) -> Tensor:
-    """Each packed token's index in its own sequence: [N]."""
-    total = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
-    return total - cu_seqlens[:-1].repeat_interleave(lengths)
+def _within(cu_seqlens: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """Each of `count` packed tokens' index in its own sequence: [N]."""
+    total = torch.arange(count, device=cu_seqlens.device)
+    return total - cu_seqlens[:-1].repeat_interleave(lengths, output_size=count)
 
 
 def _places(lengths: Tensor, within: Tensor) -> Tensor:

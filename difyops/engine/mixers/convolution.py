@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from difyops.engine.kernels.spans import Spans
+
 
 class ShortConvolution(nn.Conv1d):
     """silu(convolution over the last `width` tokens), each of the C channels by itself.
@@ -33,6 +35,13 @@ class ShortConvolution(nn.Conv1d):
         """x: [B, C], tail: [B, C, width - 1] -> [B, C] and the new tail."""
         seen = torch.cat((tail, x[..., None]), dim=-1)
         return F.silu(self(seen))[..., 0], seen[..., 1:]
+
+    def advance(self, x: Tensor, tails: Tensor, slots: Tensor, spans: Spans) -> Tensor:
+        """recur for each token of each span, the tails of `slots` ([B]) changed where they lie:
+        x [N, C], tails [slots + 1, C, width - 1] -> [N, C]."""
+        from difyops.engine.kernels import convolution as kernel
+
+        return kernel.run(x, self.weight, self.bias, tails, slots, spans)
 
     def reference(self, x: Tensor) -> Tensor:
         """A whole sequence, [T, C] -> [T, C], one token and tap after the other."""

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from difyops.engine.layers import GatedRMSNorm
+from difyops.engine.kernels.spans import Spans
+from difyops.engine.layers import GatedRMSNorm, Joined, product
 from difyops.engine.mixers import base, chunks
 from difyops.engine.mixers.base import Carry, Inputs, RecurrentMixer, within_length
 from difyops.engine.mixers.chunks import by_head
 from difyops.engine.mixers.convolution import ShortConvolution
-from difyops.engine.state import StateSpec, TensorSpec
+from difyops.engine.state import LayerState, StateSpec, TensorSpec
 
 
 class GatedDelta(RecurrentMixer):
@@ -73,6 +74,8 @@ class GatedDelta(RecurrentMixer):
         )
 
     def project(self, x: Tensor, positions: Tensor) -> Inputs:
+        if self.fused:
+            return dict(zip(("qkv", "z", "b", "a"), self._inward(x), strict=True))
         return {"qkv": self.in_proj_qkv(x), "a": self.in_proj_a(x), "b": self.in_proj_b(x)}
 
     def scan(self, inputs: Inputs, carry: Carry, lengths: Tensor) -> tuple[Tensor, Carry]:
@@ -106,6 +109,33 @@ class GatedDelta(RecurrentMixer):
             out.append(q[i] @ state + attention[i] @ new)
             state = state * since[i, :, :, -1:] + k[i].mT @ new
         return chunks.join(out, count), {"S": state, "tail": tail}
+
+    def fuse(self) -> None:
+        if not self.fused:
+            self._inward = Joined(self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        super().fuse()
+
+    positional = False
+
+    @property
+    def in_place(self) -> bool:
+        return self.fused
+
+    def advance(self, inputs: Inputs, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
+        from difyops.engine.kernels import gated_delta as kernel
+
+        qkv = self.conv1d.advance(inputs["qkv"], state.slot["tail"], slots, spans)
+        return kernel.run(
+            qkv, inputs["a"], inputs["b"], state.slot["S"], slots, spans, self.A_log, self.dt_bias,
+            self.options.key_heads,
+        )  # fmt: skip
+
+    def finish(self, out: Tensor, inputs: Inputs, x: Tensor) -> Tensor:
+        from difyops.engine.kernels.norm import gated_norm
+
+        heads, norm = self.options.value_heads, self.norm
+        out = gated_norm(out, inputs["z"], norm.weight, norm.eps, heads, norm.gate_first)
+        return product(out, self.out_proj.weight, self.out_proj.bias)
 
     def recur(self, inputs: Inputs, carry: Carry) -> tuple[Tensor, Carry]:
         qkv, tail = self.conv1d.recur(inputs["qkv"], carry["tail"])

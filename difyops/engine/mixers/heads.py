@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from difyops.engine import layers
-from difyops.engine.layers import rotary
+from difyops.engine.layers import Joined, product, rotary
 from difyops.engine.mixers import base
 from difyops.engine.mixers.base import Inputs, RecurrentMixer
 from difyops.engine.mixers.softmax import Frequencies
@@ -61,16 +62,31 @@ class HeadMixer(RecurrentMixer):
 
     def emit(self, out: Tensor, x: Tensor) -> Tensor:
         """out: [..., H, Dv]."""
-        emitted: Tensor = self.o_proj(out.flatten(-2).to(x.dtype))
-        return emitted
+        return self.out(out.flatten(-2).to(x.dtype))
+
+    def out(self, mixed: Tensor) -> Tensor:
+        """[..., H * Dv] -> [..., width]."""
+        if self.fused:
+            return product(mixed, self.o_proj.weight, None)
+        out: Tensor = self.o_proj(mixed)
+        return out
+
+    def fuse(self) -> None:
+        if not self.fused:
+            self._inward = Joined(self.q_proj, self.k_proj, self.v_proj)
+        super().fuse()
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [..., H, Dk], k [..., Hkv, Dk] and v [..., Hkv, Dv], without positions."""
         o = self.options
+        if self.fused:
+            q, k, v = self._inward(x)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         return (
-            self.q_proj(x).unflatten(-1, (o.heads, o.head_dim)),
-            self.k_proj(x).unflatten(-1, (self.kv_heads, o.head_dim)),
-            self.v_proj(x).unflatten(-1, (self.kv_heads, self.value_dim)),
+            torch.unflatten(q, -1, (o.heads, o.head_dim)),
+            torch.unflatten(k, -1, (self.kv_heads, o.head_dim)),
+            torch.unflatten(v, -1, (self.kv_heads, self.value_dim)),
         )
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from difyops.engine.kernels.spans import Spans
 from difyops.engine.mixers import sums
 from difyops.engine.mixers.base import Carry, Inputs
 from difyops.engine.mixers.heads import HeadMixer, HeadOptions
-from difyops.engine.state import StateSpec, TensorSpec
+from difyops.engine.state import LayerState, StateSpec, TensorSpec
 
 
 class Linear(HeadMixer):
@@ -63,6 +64,19 @@ class Linear(HeadMixer):
         z = carry["z"] + k
         total = sums.grouped(q, self.kv_heads) @ z[..., None]
         return out / (total.flatten(1, 2) + self.options.eps), {"S": state, "z": z}
+
+    @property
+    def in_place(self) -> bool:
+        return self.fused and self.options.feature == "elu"
+
+    def advance(self, inputs: Inputs, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
+        from difyops.engine.kernels import sums as kernel
+
+        q, k, v = (inputs[name] for name in "qkv")
+        return kernel.run(
+            q, k, v, state.slot["S"], slots, spans,
+            norms=state.slot["z"], eps=self.options.eps, elu=True,
+        )  # fmt: skip
 
     def reference(self, x: Tensor) -> Tensor:
         inputs = self.project(x, torch.arange(x.shape[0], device=x.device))

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from difyops.engine.layers import GatedRMSNorm
+from difyops.engine.kernels.spans import Spans
+from difyops.engine.layers import GatedRMSNorm, product
 from difyops.engine.mixers import base, chunks
 from difyops.engine.mixers.base import Carry, Inputs, RecurrentMixer, within_length
 from difyops.engine.mixers.chunks import by_head
 from difyops.engine.mixers.convolution import ShortConvolution
-from difyops.engine.state import StateSpec, TensorSpec
+from difyops.engine.state import LayerState, StateSpec, TensorSpec
 
 
 class Mamba2(RecurrentMixer):
@@ -76,6 +77,10 @@ class Mamba2(RecurrentMixer):
         )
 
     def project(self, x: Tensor, positions: Tensor) -> Inputs:
+        if self.fused:
+            mixed = product(x, self.in_proj.weight, self.in_proj.bias)
+            parts = [self.inner, self.conv1d.in_channels, self.options.heads]
+            return dict(zip(("gate", "xBC", "dt"), torch.split(mixed, parts, dim=-1), strict=True))
         mixed = self._in_proj(x, slice(self.inner, None))
         xbc, dt = torch.split(mixed, [self.conv1d.in_channels, self.options.heads], dim=-1)
         return {"xBC": xbc, "dt": dt}
@@ -99,6 +104,26 @@ class Mamba2(RecurrentMixer):
             out.append(C[i] @ state.mT + attention[i] @ u[i])
             state = state * since[i, :, :, -1:] + u[i].mT @ B[i]
         return chunks.join(out, count) + skip, {"h": state, "tail": tail}
+
+    positional = False
+
+    @property
+    def in_place(self) -> bool:
+        return self.fused
+
+    def advance(self, inputs: Inputs, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
+        from difyops.engine.kernels import mamba2 as kernel
+
+        o = self.options
+        xbc = self.conv1d.advance(inputs["xBC"], state.slot["tail"], slots, spans)
+        return kernel.run(
+            xbc, inputs["dt"], state.slot["h"], slots, spans, self.A_log, self.dt_bias, self.D,
+            o.groups, o.dt_min, o.dt_max,
+        )  # fmt: skip
+
+    def finish(self, out: Tensor, inputs: Inputs, x: Tensor) -> Tensor:
+        out = self.norm(out, inputs["gate"])
+        return product(out, self.out_proj.weight, self.out_proj.bias)
 
     def recur(self, inputs: Inputs, carry: Carry) -> tuple[Tensor, Carry]:
         xbc, tail = self.conv1d.recur(inputs["xBC"], carry["tail"])

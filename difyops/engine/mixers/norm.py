@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from difyops.engine.kernels.spans import Spans
 from difyops.engine.layers import RMSNorm
 from difyops.engine.mixers import sums
 from difyops.engine.mixers.base import Carry, Inputs
 from difyops.engine.mixers.heads import HeadMixer, HeadOptions
-from difyops.engine.state import StateSpec, TensorSpec
+from difyops.engine.state import LayerState, StateSpec, TensorSpec
 
 
 class Norm(HeadMixer):
@@ -48,10 +49,19 @@ class Norm(HeadMixer):
         out, state = sums.recur(inputs["q"], inputs["k"], inputs["v"], carry["S"])
         return out, {"S": state}
 
+    @property
+    def in_place(self) -> bool:
+        return self.fused
+
+    def advance(self, inputs: Inputs, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
+        from difyops.engine.kernels import sums as kernel
+
+        q, k, v = (inputs[name] for name in "qkv")
+        return kernel.run(q, k, v, state.slot["S"], slots, spans)
+
     def emit(self, out: Tensor, x: Tensor) -> Tensor:
         # Normed before it is rounded: the sums grow with the context.
-        emitted: Tensor = self.o_proj(self.norm(out.flatten(-2)).to(x.dtype))
-        return emitted
+        return self.out(self.norm(out.flatten(-2)).to(x.dtype))
 
     def reference(self, x: Tensor) -> Tensor:
         inputs = self.project(x, torch.arange(x.shape[0], device=x.device))

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from difyops.engine.kernels.spans import Spans
 from difyops.engine.mixers import sums
 from difyops.engine.mixers.base import Carry, Inputs
 from difyops.engine.mixers.heads import HeadMixer, HeadOptions
-from difyops.engine.state import StateSpec, TensorSpec
+from difyops.engine.state import LayerState, StateSpec, TensorSpec
 
 
 class Retention(HeadMixer):
@@ -52,6 +53,17 @@ class Retention(HeadMixer):
         q, k, v = (inputs[name] for name in "qkv")
         out, state = sums.recur(q, k, v, carry["S"], self._log_decay(carry["S"]))
         return out, {"S": state}
+
+    @property
+    def in_place(self) -> bool:
+        return self.fused
+
+    def advance(self, inputs: Inputs, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
+        from difyops.engine.kernels import sums as kernel
+
+        q, k, v = (inputs[name] for name in "qkv")
+        decay = self._log_decay(state.slot["S"])
+        return kernel.run(q, k, v, state.slot["S"], slots, spans, log_decay=decay)
 
     def emit(self, out: Tensor, x: Tensor) -> Tensor:
         out = F.rms_norm(out, out.shape[-1:], eps=self.options.norm_eps)

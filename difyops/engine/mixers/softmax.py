@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from difyops.engine import layers
-from difyops.engine.layers import RMSNorm, rotary
+from difyops.engine.layers import Joined, RMSNorm, product, rotary
 from difyops.engine.mixers import base
 from difyops.engine.mixers.base import Mixer, drafted_positions
 from difyops.engine.state import LayerState, StateSpec, TensorSpec
@@ -102,7 +102,19 @@ class Softmax(Mixer):
     def step(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
         return self.verify(x[:, None], state, slots)[:, 0]
 
+    @property
+    def graphable(self) -> bool:
+        """Without the kernels the longest context shapes the work."""
+        return self.fused
+
+    def fuse(self) -> None:
+        if not self.fused:
+            self._inward = Joined(self.q_proj, self.k_proj, self.v_proj)
+        super().fuse()
+
     def verify(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
+        if self.fused:
+            return self._paged(x, state, slots)
         count = x.shape[1]
         positions = drafted_positions(state, slots, count)
         q, k, v, gate = self._project(x, positions)
@@ -116,6 +128,22 @@ class Softmax(Mixer):
         rows = rows.masked_fill(~allowed[:, -1], 0)
         out = _attend(q, state.token["k"][rows], state.token["v"][rows], allowed)
         return self._emit(out, gate)
+
+    def _paged(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
+        """verify by kernels that read the pages where they lie."""
+        from difyops.engine.kernels import attention as kernel
+
+        o = self.options
+        pages = state.token["k"], state.token["v"], state.table, state.lengths, slots
+        q, gate, k, v = self._heads(*self._inward(x))
+        frequencies, scale = self.frequencies.on(x) if o.rotary_dim else (None, 1.0)
+        norms = (self.q_norm.weight, self.k_norm.weight) if o.qk_norm else (None, None)
+        q = kernel.place(
+            q, k, v, *pages, state.page_size, frequencies=frequencies, scale=scale,
+            q_norm=norms[0], k_norm=norms[1], eps=o.norm_eps, offset=o.norm_offset,
+        )  # fmt: skip
+        out = kernel.attend(q, *pages, state.page_size, gate).flatten(-2)
+        return product(out, self.o_proj.weight, self.o_proj.bias)
 
     def commit(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
         """Nothing to do: verify wrote behind the length, and the length moves."""
@@ -133,16 +161,12 @@ class Softmax(Mixer):
     def _project(
         self, x: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q [..., H, Dk], k [..., Hkv, Dk], v [..., Hkv, Dv] and the gate [..., H * Dv]."""
+        """q [..., H, Dk], k [..., Hkv, Dk], v [..., Hkv, Dv] and the gate [..., H, Dv]."""
         o = self.options
-        q, gate = self.q_proj(x), None
-        if o.gated:
-            q, gate = q.unflatten(-1, (o.heads, 2 * o.head_dim)).chunk(2, dim=-1)
-            gate = gate.flatten(-2)
+        if self.fused:
+            q, gate, k, v = self._heads(*self._inward(x))
         else:
-            q = q.unflatten(-1, (o.heads, o.head_dim))
-        k = self.k_proj(x).unflatten(-1, (o.kv_heads, o.head_dim))
-        v = self.v_proj(x).unflatten(-1, (o.kv_heads, self.value_dim))
+            q, gate, k, v = self._heads(self.q_proj(x), self.k_proj(x), self.v_proj(x))
         if o.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if o.rotary_dim:
@@ -150,6 +174,18 @@ class Softmax(Mixer):
             q = rotary(q, positions, frequencies, scale)
             k = rotary(k, positions, frequencies, scale)
         return q, k, v, gate
+
+    def _heads(
+        self, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """What the projections answer -> q, the gate [..., H, Dv], k and v, by head."""
+        o, gate = self.options, None
+        if o.gated:
+            q, gate = torch.unflatten(q, -1, (o.heads, 2 * o.head_dim)).chunk(2, dim=-1)
+        else:
+            q = torch.unflatten(q, -1, (o.heads, o.head_dim))
+        k = torch.unflatten(k, -1, (o.kv_heads, o.head_dim))
+        return q, gate, k, torch.unflatten(v, -1, (o.kv_heads, self.value_dim))
 
     def _store(
         self, k: Tensor, v: Tensor, state: LayerState, slots: Tensor, positions: Tensor
@@ -159,10 +195,9 @@ class Softmax(Mixer):
         state.token["v"][rows] = v.reshape(-1, *v.shape[-2:])
 
     def _emit(self, out: Tensor, gate: Tensor | None) -> Tensor:
-        out = out.flatten(-2)
         if gate is not None:
             out = out * torch.sigmoid(gate)
-        emitted: Tensor = self.o_proj(out)
+        emitted: Tensor = self.o_proj(out.flatten(-2))
         return emitted
 
 

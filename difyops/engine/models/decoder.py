@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difyops.engine.layers import wide
+from difyops.engine.layers import Fusible, RMSNorm, wide
 from difyops.engine.mixers.base import Mixer
 from difyops.engine.state import LayerState, StatePool, StateSpec, Track
 
@@ -40,9 +40,9 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        mixer_norm: nn.Module,
+        mixer_norm: RMSNorm,
         mixer: Mixer,
-        mlp_norm: nn.Module | None = None,
+        mlp_norm: RMSNorm | None = None,
         mlp: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -52,10 +52,12 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def forward(self, x: Tensor, run: Run, state: LayerState | None) -> Tensor:
-        x = x + run(self.mixer, self.mixer_norm(x), state)
-        if self.mlp is not None and self.mlp_norm is not None:
-            x = x + self.mlp(self.mlp_norm(x))
-        return x
+        mixed = run(self.mixer, self.mixer_norm(x), state)
+        if self.mlp is None or self.mlp_norm is None:
+            return x + mixed
+        x, normed = self.mlp_norm.add(x, mixed)
+        through: Tensor = x + self.mlp(normed)
+        return through
 
 
 class Decoder(nn.Module):
@@ -90,6 +92,12 @@ class Decoder(nn.Module):
             self.head.weight = self.embed.weight
         #: Modules that plain decoding does not run, such as multi-token prediction's.
         self.extra = extra if extra is not None else nn.ModuleDict()
+
+    def fuse(self) -> None:
+        """Use the kernels for a GPU (see layers.Fusible)."""
+        for module in self.modules():
+            if isinstance(module, Fusible):
+                module.fuse()
 
     def state_specs(self) -> list[StateSpec]:
         """One per layer."""

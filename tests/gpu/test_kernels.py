@@ -1,0 +1,197 @@
+"""Each kernel beside its naive twin in float64: a mixer with kernels, and without.
+
+On a GPU, or with TRITON_INTERPRET=1 on a CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from difyops.engine.layers import GatedMLP, GatedRMSNorm, RMSNorm
+from difyops.engine.mixers import REGISTRY
+from difyops.engine.mixers.base import Mixer, options_from
+from difyops.engine.state import StatePool
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no GPU, and Triton's interpreter is not asked for", allow_module_level=True)
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WIDTH = 24
+LENGTHS = {2: 1, 6: 15, 1: 63, 3: 64, 5: 65, 4: 300}
+#: Never two dimensions that are equal by accident.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "softmax": ("softmax", {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7}),
+    "softmax-rotary-normed": (
+        "softmax",
+        {"heads": 4, "kv_heads": 2, "head_dim": 20, "rotary_dim": 6, "qk_norm": True,
+         "norm_offset": 1.0, "gated": True, "bias": True},
+    ),
+    "gated-delta": (
+        "gated_delta", {"key_heads": 2, "value_heads": 4, "key_dim": 5, "value_dim": 7},
+    ),
+    "gated-delta-wide-conv": (
+        "gated_delta",
+        {"key_heads": 3, "value_heads": 3, "key_dim": 6, "value_dim": 4, "conv_width": 6},
+    ),
+    "mamba2": ("mamba2", {"heads": 3, "head_dim": 5, "state_dim": 7}),
+    "mamba2-grouped-limited": (
+        "mamba2",
+        {"heads": 6, "head_dim": 4, "state_dim": 5, "groups": 2, "conv_width": 2, "bias": True,
+         "conv_bias": False, "dt_min": 0.01, "dt_max": 0.08},
+    ),
+    "linear-grouped-rotary": (
+        "linear", {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7, "rotary_dim": 4},
+    ),
+    "norm-grouped": ("norm", {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7}),
+    "retention-grouped": (
+        "retention", {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7, "rotary_dim": 10},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def nothing_learnt() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+def close(got: Tensor, wanted: Tensor, within: float = 2e-5) -> None:
+    assert got.shape == wanted.shape
+    error = (got.double() - wanted.double()).norm() / wanted.double().norm()
+    assert float(error) < within
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE)
+
+
+class Twin:
+    """A mixer in float64 without kernels and in float32 with them, each with its pool."""
+
+    def __init__(self, kind: str, options: dict[str, Any], slots: int = 6) -> None:
+        torch.manual_seed(0)
+        naive: Mixer = REGISTRY[kind](WIDTH, options_from(REGISTRY[kind], options)).double()
+        for parameter in naive.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        fused = copy.deepcopy(naive).float()
+        self.mixers = [naive.to(DEVICE), fused.to(DEVICE)]
+        fused.fuse()
+        self.pools = [
+            StatePool(
+                [mixer.state_spec()], slots=slots, context=400, window=5, page_size=8,
+                device=DEVICE,
+            )
+            for mixer in self.mixers
+        ]  # fmt: skip
+        for pool in self.pools:
+            for _ in range(slots):
+                slot = pool.table.acquire()
+                assert slot is not None
+                assert pool.table.grow(slot, 400)
+            pool.sync()
+
+    def prefill(self, lengths: dict[int, int]) -> list[Tensor]:
+        slots = torch.tensor(list(lengths), device=DEVICE)
+        counts = torch.tensor(list(lengths.values()), device=DEVICE)
+        bounds = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        x, out = random(int(counts.sum()), WIDTH), []
+        for mixer, pool in zip(self.mixers, self.pools, strict=True):
+            parameter = next(mixer.parameters())
+            out.append(mixer.prefill(x.to(parameter.dtype), pool.layers[0], slots, bounds))
+            pool.advance(slots, counts)
+        return out
+
+    def states_agree(self) -> None:
+        naive, fused = (pool.layers[0].slot for pool in self.pools)
+        for state in naive:
+            close(fused[state][1:], naive[state][1:])
+            assert not fused[state][0].any()  # the null slot stays as it is
+
+    def both(self, form: str, x: Tensor, slots: Tensor) -> list[Tensor]:
+        return [
+            getattr(mixer, form)(x.to(next(mixer.parameters()).dtype), pool.layers[0], slots)
+            for mixer, pool in zip(self.mixers, self.pools, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_steps_are_those_of_the_naive_form(name: str) -> None:
+    twin = Twin(*KINDS[name])
+    wanted, got = twin.prefill(LENGTHS)
+    close(got, wanted)
+    for turn, order in enumerate(([2, 6, 1, 3, 5, 4], [4, 0, 1, 0], [6], [5, 4, 3, 2, 1])):
+        slots = torch.tensor(order, device=DEVICE)
+        wanted, got = twin.both("step", random(len(order), WIDTH, seed=turn), slots)
+        real = slots > 0
+        close(got[real], wanted[real])
+        for pool in twin.pools:
+            pool.advance(slots, real.to(slots.dtype))
+    twin.states_agree()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_accepted_goes_into_the_state(name: str) -> None:
+    twin = Twin(*KINDS[name])
+    twin.prefill({2: 1, 6: 3, 1: 9, 4: 5})
+    slots = torch.tensor([4, 2, 1, 6], device=DEVICE)
+    for turn, taken in enumerate(([3, 0, 1, 2], [5, 4, 5, 1])):
+        wanted, got = twin.both("verify", random(4, 3 + 2 * turn, WIDTH, seed=turn), slots)
+        close(got, wanted)
+        accepted = torch.tensor(taken, device=DEVICE)
+        for mixer, pool in zip(twin.mixers, twin.pools, strict=True):
+            mixer.commit(pool.layers[0], slots, accepted)
+            pool.advance(slots, accepted)
+        twin.states_agree()
+    wanted, got = twin.prefill({6: 4, 2: 1, 1: 20})  # prompts that go on
+    close(got, wanted)
+    twin.states_agree()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("name", ["softmax", "softmax-rotary-normed"])
+def test_attention_over_pages_with_several_queries(name: str, count: int) -> None:
+    twin = Twin(*KINDS[name])
+    twin.prefill(LENGTHS)
+    slots = torch.tensor([4, 2, 1, 5, 3, 6], device=DEVICE)
+    wanted, got = twin.both("verify", random(6, count, WIDTH), slots)
+    close(got, wanted)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("width", [24, 1000])
+def test_norms(width: int, offset: float) -> None:
+    norm = RMSNorm(width, offset=offset).double().to(DEVICE)
+    norm.weight.add_(0.1 * random(width, seed=3))
+    fused = copy.deepcopy(norm).float()
+    fused.fuse()
+    x, delta = random(5, width), random(5, width, seed=1)
+    close(fused(x.float()), norm(x))
+    for got, wanted in zip(fused.add(x.float(), delta.float()), norm.add(x, delta), strict=True):
+        close(got, wanted)
+
+
+@pytest.mark.parametrize(("groups", "gate_first"), [(1, False), (1, True), (3, True)])
+def test_gated_norms(groups: int, gate_first: bool) -> None:
+    norm = GatedRMSNorm(30, groups=groups, gate_first=gate_first).double().to(DEVICE)
+    norm.weight.add_(0.1 * random(30, seed=3))
+    fused = copy.deepcopy(norm).float()
+    fused.fuse()
+    x, gate = random(5, 30), random(5, 50, seed=1)[:, 7:37]
+    close(fused(x.float(), gate.float()), norm(x, gate))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gated_mlp(bias: bool) -> None:
+    mlp = GatedMLP(WIDTH, 1100, bias=bias).double().to(DEVICE)
+    fused = copy.deepcopy(mlp).float()
+    fused.fuse()
+    x = random(2, 3, WIDTH)
+    close(fused(x.float()), mlp(x))
