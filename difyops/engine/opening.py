@@ -155,7 +155,7 @@ def prefix_budget(wanted: int | None, free: int) -> int:
     if wanted > free:
         raise UsageError(
             f"prefix_cache: {_mib(wanted)} were asked for, and {_mib(free)} are free",
-            f"leave it out for an eighth of them ({_mib(free // 8)}), or ask for less",
+            f"ask for less, or leave it out: that is an eighth of them, {_mib(free // 8)}",
         )
     return wanted
 
