@@ -152,7 +152,9 @@ def _entry(name: str, parameter: Any) -> str:
     default = parameter.default
     shown = isinstance(default, int | str | Path) and not isinstance(default, bool)
     note = f" Default: `{default}`." if shown and str(default) != "." else ""
-    return f"| `{name}` | {_cell((parameter.help or '') + note)} |\n"
+    # Markdown looks for cells before it looks for code.
+    named = name.replace("|", "\\|")
+    return f"| `{named}` | {_cell((parameter.help or '') + note)} |\n"
 
 
 def _cell(text: str) -> str:

@@ -118,6 +118,11 @@ def serve(
     log_to_stderr()
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UsageError(f"device: {device!r} is none of cpu, cuda, cuda:N, auto", "--device auto")
+    if not re.match(config.SPECULATE, speculate):
+        raise UsageError(
+            f"--speculate: {speculate!r} is none of auto, off, mtp, medusa, ngram, draft:MODEL",
+            "--speculate auto",
+        )
     wanted = config.from_flags(
         model,
         server={"host": host, "port": port, "api_key": api_key},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -13,6 +14,7 @@ from difyops.errors import EXIT_FAILED, UsageError
 from difyops.serve_command import Dtype
 
 if TYPE_CHECKING:
+    from difyops import report
     from difyops.bench import gpu as of_a_gpu
     from difyops.bench import serve as of_servers
     from difyops.bench import spec as of_speculation
@@ -66,7 +68,7 @@ def serve(
         model, tuple(dict.fromkeys(url or ())), tuple(dict.fromkeys(peer or ())), _numbers(streams),
         tokens, prompt_tokens, threads or default_threads(),
     )  # fmt: skip
-    with report.Lines() as progress:
+    with _progress() as progress:
         found = serving.run(wanted, progress)
     _emit(found, report.benchmark, json)
     if not found.complete:
@@ -113,7 +115,7 @@ def spec(
         model, _numbers(streams), tokens, turns, threads or default_threads(),
         _lines(prompts) if prompts else speculating.PROMPTS, draft, device, dtype.value,
     )  # fmt: skip
-    with report.Lines() as progress:
+    with _progress() as progress:
         found = speculating.run(wanted, progress)
     _emit(found, report.speculation, json)
     if plot is not None:
@@ -140,9 +142,23 @@ def gpu(
 
     shapes = tuple(dict.fromkeys(shape or measuring.SHAPES))
     numbers = _numbers(sequences, "--sequences")
-    with report.Lines() as progress:
+    with _progress() as progress:
         found = measuring.run(measuring.Wanted(shapes, numbers, eager=eager), progress)
     _emit(found, report.gpu, json)
+
+
+@contextmanager
+def _progress() -> Iterator[report.Lines]:
+    """A line for each step, and one for Ctrl-C."""
+    from difyops import report
+
+    with report.Lines() as progress:
+        try:
+            yield progress
+        except KeyboardInterrupt:
+            progress.close()
+            progress.note("interrupted: nothing is reported")
+            raise
 
 
 def _emit(found: Found, table: Callable[[Found], None], json: bool) -> None:

@@ -21,6 +21,10 @@ from difyops.errors import UsageError
 
 #: Modes are measured forwards, then backwards: a machine that slows down meanwhile favours none.
 ROUNDS = 2
+#: Of an answer: one behind the first, which prefill makes.
+FEWEST_TOKENS = 2
+#: Acceptance is shown when it rests on at least so many guesses.
+FEWEST_GUESSES = 20
 OFF = "off"
 
 #: Some are continued from nothing, some quote what they are given, as retrieval does.
@@ -73,8 +77,8 @@ class Mode:
 class Row:
     """A mode at one number of streams. `forwards_per_token` counts passes of the model over a
     sequence for each token behind an answer's first; `acceptance` is the share of guesses that
-    came true among those whose predecessors did, by place. `same` counts answers that are those of
-    "off"."""
+    came true among those whose predecessors did, by place, and `guesses` how many these were.
+    `same` counts answers that are those of "off" in its first round."""
 
     streams: int
     mode: str
@@ -82,6 +86,7 @@ class Row:
     tokens_per_second: float
     forwards_per_token: float
     acceptance: tuple[float, ...]
+    guesses: tuple[int, ...]
     same: int
     answers: int
 
@@ -145,12 +150,14 @@ class Found:
     def remarks(self) -> list[str]:
         """What the numbers mean, and where they are not what they should be."""
         wanted = self.wanted
-        answers = sum(row.answers for row in self.rows) + len(self.turns)
+        answers = sum(row.answers for row in self.rows if row.mode != OFF) + len(self.turns)
+        threads = f"{wanted.threads} thread{'' if wanted.threads == 1 else 's'}"
         said = [
             f"{len(wanted.prompts)} prompts, {ROUNDS} rounds, at most {wanted.tokens} tokens each, "
-            f"greedy, in-process; {self.dtype} on {self.device}, {wanted.threads} threads",
+            f"greedy, in-process; {self.dtype} on {self.device}, {threads}",
             "x is to off in the same run: tok/s above 1, TTFT below 1 is better; forwards/token of "
-            "off is 1; accepted: guesses that came true where those before them did, by place",
+            "off is 1; accepted: guesses that came true where those before them did, by place, of "
+            f"{FEWEST_GUESSES} or more",
             ", ".join(f"{name} {number}" for name, number in _versions().items()),
         ]
         if self.exact:
@@ -193,7 +200,7 @@ def modes(model: Model) -> Iterator[Mode]:
 
 def _speculation(model: Model, wanted: Wanted, streams: int, progress: Progress) -> Iterator[Row]:
     prompts = [model.prompt([{"role": "user", "content": text}]) for text in wanted.prompts]
-    room = max(map(len, prompts)) + wanted.tokens
+    room = _room(max(map(len, prompts)), wanted.tokens, model.context)
     all_modes = list(modes(model))
     measured: dict[Mode, list[Asked]] = {mode: [] for mode in all_modes}
     with ExitStack() as stack:
@@ -219,6 +226,23 @@ def _speculation(model: Model, wanted: Wanted, streams: int, progress: Progress)
         yield summary(streams, mode, rounds, expected)
 
 
+def _room(longest: int, tokens: int, context: int) -> int:
+    """Tokens of the longest prompt and its answer. Raises UsageError for more than a context."""
+    if longest + FEWEST_TOKENS > context:
+        raise UsageError(
+            f"the longest prompt has {longest} tokens, and the model has {context} for it and its "
+            "answer",
+            "--prompts FILE with shorter ones",
+        )
+    if longest + tokens > context:
+        raise UsageError(
+            f"the longest prompt has {longest} tokens and its answer {tokens}, and the model has "
+            f"{context} for both",
+            f"--tokens {context - longest} or fewer",
+        )
+    return longest + tokens
+
+
 def summary(streams: int, mode: Mode, rounds: Sequence[Asked], expected: Sequence[Any]) -> Row:
     """`expected` are the tokens of the answers without speculation."""
     said = [(got, want) for r in rounds for got, want in zip(r.answers, expected, strict=True)]
@@ -233,6 +257,7 @@ def summary(streams: int, mode: Mode, rounds: Sequence[Asked], expected: Sequenc
         tokens / sum(r.seconds for r in rounds),
         sum(r.passes for r in rounds) / later if later else 1.0,
         tuple(right / made for right, made in zip(accepted, drafted, strict=True) if made),
+        tuple(made for made in drafted if made),
         sum(got == want for got, want in said),
         len(said),
     )
@@ -270,8 +295,6 @@ def _conversation(model: Model, wanted: Wanted, progress: Progress) -> tuple[Tur
                 )
             )
         progress.finished("conversation", f"{len(turns)} turns", time.monotonic() - began)
-    if not turns:
-        raise UsageError(f"not one turn fits {model.context} tokens of context", "fewer --tokens")
     return tuple(turns)
 
 
@@ -284,7 +307,11 @@ def table(found: Found) -> list[tuple[str, ...]]:
         lines.append((
             str(row.streams), row.mode, f"{row.tokens_per_second:.1f}",
             f"{found.speedup(row):.2f}", f"{row.forwards_per_token:.3f}",
-            " ".join(f"{rate:.0%}" for rate in row.acceptance) or "-",
+            " ".join(
+                f"{rate:.0%}"
+                for rate, guesses in zip(row.acceptance, row.guesses, strict=True)
+                if guesses >= FEWEST_GUESSES
+            ) or "-",
             f"{row.same}/{row.answers}",
         ))  # fmt: skip
     return lines

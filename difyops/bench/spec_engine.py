@@ -15,7 +15,7 @@ from difyops.engine.config import LlmConfig
 from difyops.engine.models.decoder import Decoder
 from difyops.engine.request import FinishReason, Output, Request, SamplingParams
 from difyops.engine.runner import Engine
-from difyops.errors import DifyopsError, PrerequisiteError, UsageError
+from difyops.errors import DifyopsError, PrerequisiteError
 
 #: More than a conversation leaves behind.
 PREFIX_BYTES = 2**30
@@ -81,14 +81,7 @@ class Model:
     def engine(
         self, slots: int, context: int, kind: str, guesses: int | None, *, prefix_bytes: int
     ) -> Iterator[Asking]:
-        """A warm engine that runs. `kind` is a drafter, or off.
-
-        Raises UsageError for a context that the model does not have.
-        """
-        if context > self.context:
-            raise UsageError(
-                f"{context} tokens are needed, and the model has {self.context}", "fewer --tokens"
-            )
+        """A warm engine that runs. `kind` is a drafter, or off."""
         drafter = drafters.choose(kind, self._model, self._small)
         engine = Engine(
             self._model,

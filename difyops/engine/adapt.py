@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 FRESH_COST, FRESH_RATE = 0.1, 0.02
 #: A choice that looks worse is tried again after so many passes: texts and batches change.
 RETRY = 64
+#: Seconds between two tellings of what a group settled on: where choices differ little, it sways.
+TELL_EVERY = 10.0
 
 
 def expected_tokens(rates: Sequence[float]) -> float:
@@ -39,6 +41,8 @@ class Adaptive:
     _seen: dict[tuple[int, int], int] = field(default_factory=dict, init=False)
     _outcomes: list[int] = field(init=False)
     _passes: dict[int, int] = field(default_factory=dict, init=False)
+    #: Group -> the best number of guesses when it was last told, and when that was.
+    _told: dict[int, tuple[int, float]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         # Optimistic, so that every depth is tried.
@@ -61,6 +65,16 @@ class Adaptive:
         group = batch.bit_length()
         tried = all(self._seen.get((group, k), 0) >= 2 for k in range(self.most + 1))
         return self.best(batch) if tried else None
+
+    def news(self, batch: int, now: float) -> int | None:
+        """What `settled` answers, if it is not what was last told of this group and that was
+        TELL_EVERY seconds ago; `now` is in seconds, from any beginning."""
+        k, group = self.settled(batch), batch.bit_length()
+        told, since = self._told.get(group, (None, float("-inf")))
+        if k is None or k == told or now - since < TELL_EVERY:
+            return None
+        self._told[group] = k, now
+        return k
 
     def best(self, batch: int) -> int:
         """By what was measured so far; fewer guesses where it makes no difference."""

@@ -18,6 +18,9 @@ from difyops.serving.config import (
     validate,
 )
 
+#: What `speculate` may be.
+SPECULATE = r"^(auto|off|mtp|medusa|ngram|draft:.+)$"
+
 
 class SamplingConfig(Config):
     """What requests get that do not say; None is what the model's own files recommend."""
@@ -57,7 +60,7 @@ class LlmConfig(ModelConfig):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     threads: int | None = Field(default=None, ge=1)
     cache: Path | None = None
-    speculate: str = Field(default="auto", pattern=r"^(auto|off|mtp|medusa|ngram|draft:.+)$")
+    speculate: str = Field(default="auto", pattern=SPECULATE)
     prefix_cache: int | None = Field(default=None, ge=0)
     sampling: SamplingConfig = SamplingConfig()
 

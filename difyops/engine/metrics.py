@@ -73,7 +73,11 @@ class _EngineCollector(Collector):
             ("slots", "Slots in all.", stats.slots),
             ("slots_used", "Slots that are taken.", stats.slots - stats.free_slots),
             ("pages", "Pages for keys and values in all.", stats.pages),
-            ("pages_used", "Pages that are taken.", stats.pages - stats.free_pages),
+            (
+                "pages_used",
+                "Pages that are taken; those kept for prefixes are among them.",
+                stats.pages - stats.free_pages,
+            ),
             ("state_bytes", "All state that was allocated.", stats.state_bytes),
             ("state_bytes_per_slot", "Constant state of a slot, allocated.", stats.slot_bytes),
             ("state_bytes_per_slot_predicted", "The same, as computed.", self._predicted),
@@ -82,8 +86,17 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"difyops_{name}", help_, value)
         for name, help_, value in (
             ("engine_steps", "Steps of the engine.", counters.steps),
-            ("prompt_tokens", "Prompt tokens read.", counters.prompt_tokens),
+            (
+                "prompt_tokens",
+                "Prompt tokens read, again after a preemption; reused ones are not counted.",
+                counters.prompt_tokens,
+            ),
             ("generated_tokens", "Tokens generated.", counters.generated_tokens),
+            (
+                "decode_passes",
+                "Decoding passes, for each sequence in them; without guesses each makes one token.",
+                counters.passes,
+            ),
             ("preemptions", "Sequences that gave their pages up.", stats.preemptions),
         ):
             yield CounterMetricFamily(f"difyops_{name}", help_, value)
@@ -110,8 +123,14 @@ def _prefixes(stats: Stats) -> Iterator[Metric]:
     if (usage := stats.prefix) is None:
         return
     for name, help_, value in (
-        ("prefix_tokens", "Prompt tokens looked up in the prefix cache.", usage.looked_up),
+        ("prefix_lookup_tokens", "Tokens looked up in the prefix cache.", usage.looked_up),
         ("prefix_hit_tokens", "Those whose state was kept.", usage.reused),
         ("prefix_evictions", "States that made room for others.", usage.evicted),
     ):
         yield CounterMetricFamily(f"difyops_{name}", help_, value)
+    for name, help_, value in (
+        ("prefix_states", "States that are kept for prompts that begin alike.", usage.kept),
+        ("prefix_bytes", "What they count for, pages as if unshared.", usage.bytes),
+        ("prefix_limit_bytes", "What they may take: --prefix-cache.", usage.budget),
+    ):
+        yield GaugeMetricFamily(f"difyops_{name}", help_, value)

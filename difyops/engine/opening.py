@@ -44,7 +44,10 @@ def open_llm(config: LlmConfig) -> Llm:
     words, model = loaded.tokenizer, loaded.model
     check_context(config.context, config.id, loaded.context)
     context = config.context or loaded.context
-    drafter = _drafter(config, model)
+    small = _small(config)
+    drafter = drafters.choose(config.speculate.partition(":")[0], model, small)
+    log.info("speculation: %s", _called(config, drafter))
+    prefix_bytes = prefix_budget(config.prefix_cache, free_bytes(model))
     pages = config.pages or default_pages(model, drafter, config.slots, context)
     if pages < (needed := _full(model, drafter, context)):
         raise UsageError(
@@ -66,49 +69,63 @@ def open_llm(config: LlmConfig) -> Llm:
             prefill_tokens=config.prefill_tokens,
             max_waiting=config.max_waiting,
             drafter=drafter,
-            prefix_bytes=default_prefix(model)
-            if config.prefix_cache is None
-            else config.prefix_cache,
+            prefix_bytes=prefix_bytes,
         )
         engine.warm_up()
     except (ValueError, RuntimeError, MemoryError) as error:
         raise PrerequisiteError(f"cannot serve {config.id} from {config.model}: {error}") from error
-    log.info("%s: %s", config.id, about(engine))
+    log.info("%s: %s", config.id, about(engine, small))
     engine.start()
     defaults = replace(loaded.sampling, **config.sampling.given())
     return Llm(config.id, engine, words, template, grammars, defaults)
 
 
-def about(engine: Engine) -> str:
-    """One line: where the model runs, and what it may take."""
-    weights = list(engine.model.parameters())
-    device, dtype = engine.device, str(engine.model.embed.weight.dtype).removeprefix("torch.")
+def about(engine: Engine, small: Decoder | None = None) -> str:
+    """One line: where the model runs, and what it may take; `small` drafts for it."""
+    device, dtype = engine.device, str(engine.model.dtype).removeprefix("torch.")
     stats, threads = engine.stats(), torch.get_num_threads()
-    size = sum(weight.numel() * weight.element_size() for weight in weights)
     parts = [str(device), dtype]
     if device.type == "cpu":
         parts.append(f"{threads} thread{'' if threads == 1 else 's'}")
     parts += [f"{stats.slots} slots", f"{engine.context} tokens of context"]
     if stats.pages:
-        parts.append(
-            f"up to {_gib(stats.pages * PAGE_SIZE * stats.token_bytes)} of keys and values"
-        )
+        pages = stats.pages * PAGE_SIZE * stats.token_bytes
+        parts.append(f"up to {_mib(pages)} of keys and values")
     if stats.slot_bytes:
-        parts.append(f"{_gib(stats.slots * stats.slot_bytes)} of states")
+        parts.append(f"{_mib(stats.slots * stats.slot_bytes)} of states")
+    if stats.prefix is not None:
+        parts.append(f"up to {_mib(stats.prefix.budget)} for prefixes")
+    else:
+        parts.append("no prefix cache")
+    parts.append(_weights(engine.model))
+    if small is not None:
+        parts.append(f"{_weights(small)} for drafting")
+    return ", ".join(parts)
+
+
+def _weights(model: Decoder) -> str:
+    weights = list(model.parameters())
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
     count = sum(weight.numel() for weight in weights)
-    return ", ".join([*parts, f"{_gib(size)} of weights ({count:,} parameters)"])
+    return f"{_mib(size)} of weights ({count:,} parameters)"
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**20:.1f} MiB"
 
 
-def _drafter(config: LlmConfig, model: Decoder) -> Drafter | None:
-    kind, _, name = config.speculate.partition(":")
-    small = load_model(config.model_copy(update={"model": name})).model if name else None
-    drafter = drafters.choose(kind, model, small)
-    log.info("speculation: %s", drafter.name if drafter is not None else "off")
-    return drafter
+def _small(config: LlmConfig) -> Decoder | None:
+    """The model of `draft:MODEL`."""
+    _, _, name = config.speculate.partition(":")
+    return load_model(config.model_copy(update={"model": name})).model if name else None
+
+
+def _called(config: LlmConfig, drafter: Drafter | None) -> str:
+    """What drafts, and by which model."""
+    if drafter is None:
+        return "off"
+    _, _, name = config.speculate.partition(":")
+    return f"{drafter.name} {name}".rstrip()
 
 
 def default_pages(model: Decoder, drafter: Drafter | None, slots: int, context: int) -> int:
@@ -128,9 +145,19 @@ def _full(model: Decoder, drafter: Drafter | None, context: int) -> int:
     return -(-(context + 1 + (drafter.most if drafter is not None else 0)) // PAGE_SIZE)
 
 
-def default_prefix(model: Decoder) -> int:
-    """Bytes of states that are kept for prompts that begin alike: an eighth of the free memory."""
-    return free_bytes(model) // 8
+def prefix_budget(wanted: int | None, free: int) -> int:
+    """Bytes of states that are kept for prompts that begin alike; None: an eighth of `free` ones.
+
+    Raises UsageError for more than are free.
+    """
+    if wanted is None:
+        return free // 8
+    if wanted > free:
+        raise UsageError(
+            f"prefix_cache: {_mib(wanted)} were asked for, and {_mib(free)} are free",
+            f"ask for less, or leave it out: that is an eighth of them, {_mib(free // 8)}",
+        )
+    return wanted
 
 
 def free_bytes(model: Decoder) -> int:

@@ -11,7 +11,7 @@ import hashlib
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 
@@ -32,11 +32,15 @@ Place = tuple[bytes, tuple[int, ...]]
 
 @dataclass
 class Usage:
-    """In tokens: what was looked up, and what of it had been kept. `evicted` counts snapshots."""
+    """In tokens: what was looked up, and what of it had been kept. `evicted` counts snapshots;
+    `kept` are those there are now, of `bytes`, which never exceed `budget`."""
 
     looked_up: int = 0
     reused: int = 0
     evicted: int = 0
+    kept: int = 0
+    bytes: int = 0
+    budget: int = 0
 
 
 class PrefixCache(Generic[K]):
@@ -57,6 +61,10 @@ class PrefixCache(Generic[K]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def stats(self) -> Usage:
+        """The usage at this moment."""
+        return replace(self.usage, kept=len(self), bytes=self.bytes, budget=self.budget)
 
     def find(self, tokens: Sequence[int], salt: str = "") -> K | None:
         """The longest snapshot of a beginning of `tokens` that was kept with this `salt`; never of

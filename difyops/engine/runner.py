@@ -112,7 +112,6 @@ class Engine:
         self.drafter = drafter
         self._adaptive = Adaptive(most) if most and guesses is None else None
         self._last_guesses = guesses or 0  # for good, where nothing adapts
-        self._pays: dict[int, bool] = {}  # by size of batch, as Adaptive groups them
         window = 1 + most
         self.pool = StatePool(
             model.state_specs(),
@@ -208,7 +207,7 @@ class Engine:
                 token_bytes=self.pool.token_bytes,
                 state_bytes=self.pool.bytes,
                 counters=copy.deepcopy(self._counters),
-                prefix=copy.copy(self.cache.usage) if self.cache is not None else None,
+                prefix=self.cache.stats() if self.cache is not None else None,
                 guesses=self._last_guesses,
             )
 
@@ -363,16 +362,14 @@ class Engine:
         return taken
 
     def _guesses(self, requests: Sequence[Request]) -> int:
-        """How many tokens to guess now; says in the log when it stops or begins to pay."""
+        """How many tokens to guess now; the log hears what was settled."""
         if self.drafter is None or not any(request.speculate for request in requests):
             return 0
         if self._adaptive is None:
             return self._last_guesses
         batch = len(requests)
-        settled = self._adaptive.settled(batch)
-        if settled is not None and bool(settled) != self._pays.get(batch.bit_length()):
-            self._pays[batch.bit_length()] = bool(settled)
-            which = f"{settled} tokens" if settled else "off, it does not pay"
+        if (k := self._adaptive.news(batch, time.monotonic())) is not None:
+            which = f"{k} token{'' if k == 1 else 's'}" if k else "off, it does not pay"
             log.info("speculation by %s with %d running: %s", self.drafter.name, batch, which)
         self._last_guesses = self._adaptive.choose(batch)
         return self._last_guesses

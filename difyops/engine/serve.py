@@ -67,16 +67,26 @@ def serve(config: EngineConfig) -> int:
 
 
 def check(config: LlmConfig) -> None:
-    """What can be known of a model without downloading or loading it. Raises DifyopsError."""
+    """What can be known of the models without downloading or loading them. Raises DifyopsError."""
+    _look(config, config.model, config.id, config.context)
+    _, draft, name = config.speculate.partition(":")
+    if draft:
+        try:
+            _look(config, name, name, None)
+        except DifyopsError as error:
+            raise type(error)(f"speculate: {error.message}", error.hint) from error
+
+
+def _look(config: LlmConfig, model: str, name: str, context: int | None) -> None:
     from difyops import catalog
     from difyops.engine import headers, sources
 
-    if config.model in catalog.names():
-        entry = catalog.get_llm(config.model)  # or says that it is no chat model
-        headers.check_context(config.context, config.id, entry.trained_context)
-    elif not sources.is_download(config.model):
-        path = sources.resolve(config.model, config.cache or sources.default_cache(), log.info)
-        headers.look(path, config.id, config.context)
+    if model in catalog.names():
+        entry = catalog.get_llm(model)  # or says that it is no chat model
+        headers.check_context(context, name, entry.trained_context)
+    elif not sources.is_download(model):
+        path = sources.resolve(model, config.cache or sources.default_cache(), log.info)
+        headers.look(path, name, context)
 
 
 class _Server(process.Server):
@@ -208,6 +218,15 @@ def status_line(before: Stats, now: Stats, seconds: float) -> str:
     ]
     if now.pages:
         parts.append(f"pages {(now.pages - now.free_pages) / now.pages:.0%}")
+    drafted = sum(now.counters.drafted.values()) - sum(before.counters.drafted.values())
+    if drafted:
+        accepted = sum(now.counters.accepted.values()) - sum(before.counters.accepted.values())
+        parts.append(f"guesses right {accepted / drafted:.0%}")
+    if now.prefix is not None and before.prefix is not None:
+        looked_up = now.prefix.looked_up - before.prefix.looked_up
+        reused = now.prefix.reused - before.prefix.reused
+        if looked_up:
+            parts.append(f"prefix hits {reused / looked_up:.0%}")
     return "  ".join(parts)
 
 

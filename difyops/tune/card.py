@@ -48,6 +48,8 @@ def card(name: str, trainer: Trainer, facts: Mapping[str, Any], scores: Scores) 
         "A very small language model for tests and measurements of difyops' engine. It writes text "
         "in the manner of technical documentation; what it says is not to be relied on.",
         "",
+        "To try it: `difyops serve` and this directory's path.",
+        "",
         *_table(("", ""), [
             ("parameters", f"{parameters:,}, of them {extra:,} for multi-token prediction"),
             ("layers", layers),
@@ -81,8 +83,8 @@ def card(name: str, trainer: Trainer, facts: Mapping[str, Any], scores: Scores) 
         ]),
         "",
         f"Tokenizer: byte-level BPE of {facts['vocabulary']:,} tokens, trained on the same text; "
-        f"{facts['train']['bytes'] / facts['train']['tokens']:.2f} bytes a token. Dialogues are in "
-        "ChatML.",
+        f"{facts['train']['bytes'] / facts['train']['tokens']:.2f} bytes of it a token. "
+        "Dialogues are in ChatML.",
         "",
         "To make it again: `difyops tune data DATA`, then "
         f"`difyops tune pretrain {name} DATA OUT --tokens {plan.tokens}`.",

@@ -30,13 +30,19 @@ class Scores:
     mtp_losses: tuple[float, ...] = ()
     acceptances: tuple[float, ...] = ()
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the held-out text, special tokens being no bytes."""
+        return self.loss / (self.bits_per_byte * math.log(2))
+
     def lines(self) -> list[tuple[str, str]]:
         """Names and values for a person."""
         said = [
             ("held-out tokens", f"{self.tokens:,}"),
             ("loss, nats per token", f"{self.loss:.3f}"),
-            ("bits per byte", f"{self.bits_per_byte:.3f}"),
-        ]
+            ("bits per byte", f"{self.bits_per_byte:.3f}, at {self.bytes_per_token:.2f} bytes of "
+             "this text a token"),
+        ]  # fmt: skip
         for k, (loss, share) in enumerate(zip(self.mtp_losses, self.acceptances, strict=True), 1):
             token = "the second token" if k == 1 else f"token {k + 1}"
             said.append((f"loss of {token}, nats", f"{loss:.3f}"))

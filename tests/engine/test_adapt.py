@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from difyops.engine.adapt import RETRY, Adaptive, expected_tokens
+from difyops.engine.adapt import RETRY, TELL_EVERY, Adaptive, expected_tokens
 from difyops.engine.speculate import look_up
 
 
@@ -56,6 +56,20 @@ def test_a_warm_up_is_not_what_a_pass_costs(slow: int) -> None:
         adaptive.took(1, 0, 1.0)
         adaptive.took(1, 1, 5.0 if number == slow else 1.1)
     assert adaptive.settled(1) == 1
+
+
+def test_what_sways_is_told_now_and_then() -> None:
+    adaptive = Adaptive(1)
+    assert adaptive.news(1, 5.0) is None  # nothing was tried yet
+    play(adaptive, 0.9, 1.0, 0.1)
+    assert (adaptive.news(1, 5.0), adaptive.news(1, 500.0)) == (1, None)
+    play(adaptive, 0.0, 1.0, 0.9, batch=4)
+    assert adaptive.news(4, 5.0) == 0  # a group of its own
+    play(adaptive, 0.0, 1.0, 0.9)
+    swayed = [adaptive.news(1, 501.0)]
+    play(adaptive, 0.99, 1.0, 0.01, passes=900)
+    swayed += [adaptive.news(1, 501.1), adaptive.news(1, 501.0 + TELL_EVERY)]
+    assert swayed == [0, None, 1]
 
 
 def test_batches_have_costs_of_their_own() -> None:

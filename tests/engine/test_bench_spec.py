@@ -47,8 +47,8 @@ def test_the_table_of_a_run(found: spec.Found, capsys: pytest.CaptureFixture[str
     assert lines[1][-4:] == ["1.00", "1.000", "-", "6/6"]
     assert {line[-1] for line in lines[1:23]} == {"6/6"}
     assert {line[-1] for line in lines[25:28]} == {"yes"}
-    # 22 modes, 3 prompts in 2 rounds, and 3 turns.
-    assert "exact: all 135 answers are those without speculation and cache" in printed
+    # 20 modes beside off, 3 prompts in 2 rounds, and 3 turns.
+    assert "exact: all 123 answers are those without speculation and cache" in printed
 
 
 def test_what_is_counted(found: spec.Found) -> None:
@@ -101,7 +101,7 @@ def test_the_arithmetic_of_a_row() -> None:
     rounds = [asked([1, 2, 3, 4, 5, 6]), asked([1, 2, 3, 4, 5, 7], passes=2)]
     row = spec.summary(1, Mode("mtp", 2), rounds, [(1, 2, 3, 4, 5, 6)])
     assert (row.tokens_per_second, row.forwards_per_token) == (3.0, 0.5)
-    assert row.acceptance == (4 / 6, 0.5)
+    assert (row.acceptance, row.guesses) == ((4 / 6, 0.5), (6, 4))
     assert (row.same, row.answers, row.mode) == (1, 2, "mtp 2")
 
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_a_picture(suffix: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [
-        spec.Row(streams, mode, 9, speed, 1.0, (), 1, 1)
+        spec.Row(streams, mode, 9, speed, 1.0, (), (), 1, 1)
         for streams in (1, 8)
         for mode, speed in (("off", 2.0), ("mtp 1", 3.0))
     ]
@@ -131,8 +131,46 @@ def test_a_picture(suffix: str, tmp_path: Path) -> None:
     assert path.stat().st_size > 5000
 
 
-def test_a_context_that_is_full(folder: Path) -> None:
-    options = ["--tokens", "1020", "--streams", "1"]
-    done = CliRunner().invoke(app, ["spec", str(folder), "--threads", "1", *options])
+def test_few_guesses_say_nothing() -> None:
+    row = spec.Row(1, "mtp 3", 9, 2.0, 0.5, (0.75, 0.5, 1.0), (40, 20, 19), 2, 2)
+    off = spec.Row(1, "off", 9, 2.0, 1.0, (), (), 1, 1)
+    wanted = spec.Wanted("m", (1,), 9, 2, 1)
+    found = spec.Found(wanted, (off, row), (), "float32", "cpu")
+    assert spec.table(found)[2][5] == "75% 50%"
+    said = found.remarks()
+    assert said[0].endswith("float32 on cpu, 1 thread")
+    assert "exact: all 2 answers" in said[3]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "said", "fix"),
+    [
+        ("a short one", "1020", "its answer 1020, and the model has 1024 for both", "--tokens "),
+        ("long one " * 900, "4", "and the model has 1024 for it and its answer", "--prompts "),
+    ],
+)
+def test_what_does_not_fit_says_which(
+    prompt: str, tokens: str, said: str, fix: str, folder: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.write_text(prompt)
+    options = ["--threads", "1", "--tokens", tokens, "--prompts", str(prompts)]
+    done = CliRunner().invoke(app, ["spec", str(folder), *options])
     assert isinstance(done.exception, UsageError)
-    assert "the model has 1024" in done.exception.message
+    assert done.exception.message.startswith("the longest prompt has ")
+    assert said in done.exception.message
+    assert (done.exception.hint or "").startswith(fix)
+
+
+def test_ctrl_c_says_that_nothing_is_reported(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(spec, "_conversation", interrupted)
+    monkeypatch.setattr(spec, "_speculation", lambda *_: [])
+    done = CliRunner().invoke(app, ["spec", str(folder), "--threads", "1"])
+    assert done.exit_code == 130
+    assert "interrupted: nothing is reported" in done.stderr
+    assert not done.stdout

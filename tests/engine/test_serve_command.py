@@ -21,6 +21,7 @@ import pytest
 
 from difyops import modelsource, serve_command
 from difyops.bench import load, peers
+from difyops.engine import opening
 from difyops.engine.config import LlmConfig
 from difyops.engine.opening import open_llm
 from difyops.errors import UsageError
@@ -120,7 +121,9 @@ def test_a_server_with_an_embedding_and_a_key(
     assert server.wait(10) == 0, server.log
     about = r"tiny: cpu, float32, 1 thread, 16 slots, 300 tokens of context, up to .*of keys and "
     assert re.search(
-        about + r"values, .* of states, .* of weights \([\d,]+ parameters\)", server.log
+        about + r"values, .* of states, up to [\d,]+ MiB for prefixes, .* of weights "
+        r"\([\d,]+ parameters\)\n",
+        server.log,
     )
     last = [line.split(" ", 3)[3] for line in server.log.splitlines()[-2:]]
     assert last == ["stopping", "stopped"]
@@ -154,6 +157,9 @@ def test_the_model_that_comes_along(serve: Callable[..., Serve]) -> None:
         (["smollm2-135m", "--context", "9000"], 2, "smollm2-135m has 8192"),
         (["{}", "--context", "513"], 2, "513 tokens were asked for, and tiny has 512"),
         (["{}", "--device", "gpu"], 2, "device: 'gpu' is none of cpu, cuda, cuda:N, auto"),
+        (["{}", "--speculate", "nonsense"], 2, "--speculate: 'nonsense' is none of auto, off, mtp"),
+        (["{}", "--speculate", "draft:nope"], 2, "speculate: no model 'nope'"),
+        (["{}", "--speculate", "draft:minilm-l6"], 2, "speculate: minilm-l6"),
         (["{}", "--embedding", "bogus"], 2, "Fix: embedding models: minilm-l6"),
     ],
 )
@@ -275,6 +281,27 @@ def test_what_is_no_size_is_refused() -> None:
     for said in ("", "none", "-1", "2 PB", "1e9"):
         with pytest.raises(UsageError, match="--prefix-cache"):
             serve_command._bytes(said)
+
+
+def test_prefixes_take_no_more_than_is_free() -> None:
+    assert opening.prefix_budget(None, 800) == 100
+    assert [opening.prefix_budget(n, 800) for n in (0, 800)] == [0, 800]
+    with pytest.raises(UsageError, match=r"prefix_cache: 2,048 MiB .*, and 1,024 MiB are free"):
+        opening.prefix_budget(2 << 30, 1 << 30)
+
+
+def test_the_start_lines_name_the_draft_model_its_weights_and_no_prefix_cache(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    llm = open_llm(LlmConfig(id="tiny", model=str(checkpoint), speculate=f"draft:{checkpoint}",
+                             prefix_cache=0, device="cpu", threads=1))  # fmt: skip
+    llm.engine.stop()
+    assert f"speculation: draft {checkpoint}\n" in caplog.text
+    (weights,) = re.findall(r"no prefix cache, (.*) of weights \(", caplog.text)
+    assert re.search(re.escape(weights) + r" of weights \([\d,]+ parameters\) for drafting",
+                     caplog.text)  # fmt: skip
+    assert "GiB" not in caplog.text
 
 
 @pytest.mark.parametrize("wanted", ["mtp", "medusa"])

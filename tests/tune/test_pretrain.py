@@ -141,6 +141,7 @@ def test_evaluation_is_the_mean_over_the_text(count: int) -> None:
         "loss of the second token, nats", "MTP acceptance, k = 1, greedy, on given text"
     ]  # fmt: skip
     assert scores.bits_per_byte == pytest.approx(float(loss) / 2 / np.log(2))
+    assert scores.lines()[2][1].endswith(", at 2.00 bytes of this text a token")
 
 
 def test_the_modules_loss_is_the_mean_over_their_depths(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ import httpx
 import pytest
 
 from difyops.engine import config, opening, serve
+from difyops.engine.prefix import Usage
 from difyops.engine.request import Request, SamplingParams
+from difyops.engine.runner import Counters, Stats
 from difyops.engine.slots import IntegrityError
 from difyops.errors import PrerequisiteError, UsageError
 from tests.serving.conftest import Running
@@ -178,6 +180,19 @@ def test_the_status_line_is_written_under_load(
     assert _serve_here(configuration(checkpoint)) == 0
     pattern = r"running \d  waiting 0  slots \d/4  decode [\d.]+k? tok/s  prefill [\d.]+k? tok/s"
     assert re.search(pattern, caplog.text)
+
+
+def test_the_status_line_says_what_guesses_and_kept_prefixes_did() -> None:
+    def stats(drafted: dict[int, int], accepted: dict[int, int], usage: Usage | None) -> Stats:
+        counters = Counters(drafted=drafted, accepted=accepted)
+        return Stats(1, 0, 4, 3, 0, 0, 0, 9, 0, 36, counters, usage, 1)
+
+    before = stats({0: 90, 1: 50}, {0: 10}, Usage(1000, 100))
+    now = stats({0: 96, 1: 54}, {0: 15, 1: 2}, Usage(1200, 250))
+    assert serve.status_line(before, now, 2).endswith("  guesses right 70%  prefix hits 75%")
+    for idle in (before, stats({0: 90, 1: 50}, {0: 10}, None)):
+        line = serve.status_line(idle, idle, 2)
+        assert "guesses" not in line and "prefix" not in line
 
 
 @pytest.mark.parametrize(
