@@ -9,7 +9,7 @@ from difyops.checks.model import see_its_log
 from difyops.core import Deployment, Progress
 from difyops.doctor import Finding, Registry, Report, Result, fail, ok, skip, warn
 from difyops.errors import DifyopsError, UsageError
-from difyops.secrets import REDACTED
+from difyops.secrets import REDACTED, Secret
 from difyops.services import model
 
 if TYPE_CHECKING:
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 check = Registry()
 
+_ID = "model.exact"
+
 
 @check(
-    "model.exact",
+    _ID,
     why="caches, speculation and batching must not change an answer; where they do, every long "
     "conversation is wrong, and nothing says so",
     needs=("model.up", "model.chat"),
@@ -41,31 +43,29 @@ def of_server(url: str, name: str | None, progress: Progress) -> Report:
 
     Raises UsageError for what is no http URL.
     """
-    began = time.monotonic()
-    progress.started("model.exact")
+    from difyops.openai_client import key_for
+
+    began, key = time.monotonic(), key_for(url)
+    progress.started(_ID)
     try:
-        endpoint = _endpoint(url, name)
+        endpoint = _endpoint(url, name, key)
     except UsageError:
         raise
     except DifyopsError as error:
         up = fail(error.message, error.hint or "see its log")
-        results = [_result("model.up", up, began), _result(_ID, skip("needs model.up"), began)]
+        found = {"model.up": up, _ID: skip("needs model.up")}
     else:
-        found = _compared(endpoint, progress)
-        results = [_result(_ID, found, began, endpoint)]
-    return Report(tuple(results), time.monotonic() - began)
+        found = {_ID: _compared(endpoint, progress)}
+    seconds = time.monotonic() - began
+    return Report(tuple(_result(id, each, key, seconds) for id, each in found.items()), seconds)
 
 
-_ID = "model.exact"
-
-
-def _endpoint(url: str, name: str | None) -> Endpoint:
+def _endpoint(url: str, name: str | None, key: Secret | None) -> Endpoint:
     # Imported here: of a deployment nothing is asked this way.
     import httpx
 
-    from difyops.openai_client import Endpoint, chat_models, connection, key_for
+    from difyops.openai_client import Endpoint, chat_models, connection
 
-    key = key_for(url)
     with httpx.Client(**connection(url, key)) as client:
         there = chat_models(client, url)
     if not there:
@@ -89,12 +89,12 @@ def _compared(endpoint: Endpoint, progress: Progress) -> Finding:
     return _finding(found, f"see the log of the server at {endpoint.url}")
 
 
-def _result(id: str, found: Finding, began: float, endpoint: Endpoint | None = None) -> Result:
+def _result(id: str, found: Finding, key: Secret | None, seconds: float) -> Result:
     evidence = found.evidence
-    if endpoint is not None and endpoint.key:  # servers repeat what they were sent
-        evidence = evidence.replace(endpoint.key.reveal(), REDACTED)
+    if key:  # servers repeat what they were sent
+        evidence = evidence.replace(key.reveal(), REDACTED)
     why = next((known.why for known in check.checks if known.id == id), None)
-    return Result(id, found.status, evidence, why, found.fix, seconds=time.monotonic() - began)
+    return Result(id, found.status, evidence, why, found.fix, seconds=seconds)
 
 
 def _finding(found: Comparison, see: str) -> Finding:

@@ -17,6 +17,7 @@ from difyops.engine.layers import GatedMLP, GatedRMSNorm, RMSNorm
 from difyops.engine.mixers import REGISTRY
 from difyops.engine.mixers.base import Mixer, options_from
 from difyops.engine.state import StatePool
+from tests.engine import gates
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and Triton's interpreter is not asked for", allow_module_level=True)
@@ -25,29 +26,17 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH = 24
 LENGTHS = {2: 1, 6: 15, 1: 63, 3: 64, 5: 65, 4: 300}
-#: Never two dimensions that are equal by accident.
+#: Those of the other gates that have kernels, and what only kernels tell apart.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "softmax": ("softmax", {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7}),
+    **{
+        name: gates.KINDS[name]
+        for name in ("softmax", "gated-delta", "gated-delta-wide-conv", "mamba2",
+                     "mamba2-grouped-limited", "linear-grouped-rotary")
+    },
     "softmax-rotary-normed": (
         "softmax",
         {"heads": 4, "kv_heads": 2, "head_dim": 20, "rotary_dim": 6, "qk_norm": True,
          "norm_offset": 1.0, "gated": True, "bias": True},
-    ),
-    "gated-delta": (
-        "gated_delta", {"key_heads": 2, "value_heads": 4, "key_dim": 5, "value_dim": 7},
-    ),
-    "gated-delta-wide-conv": (
-        "gated_delta",
-        {"key_heads": 3, "value_heads": 3, "key_dim": 6, "value_dim": 4, "conv_width": 6},
-    ),
-    "mamba2": ("mamba2", {"heads": 3, "head_dim": 5, "state_dim": 7}),
-    "mamba2-grouped-limited": (
-        "mamba2",
-        {"heads": 6, "head_dim": 4, "state_dim": 5, "groups": 2, "conv_width": 2, "bias": True,
-         "conv_bias": False, "dt_min": 0.01, "dt_max": 0.08},
-    ),
-    "linear-grouped-rotary": (
-        "linear", {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7, "rotary_dim": 4},
     ),
     "norm-grouped": ("norm", {"heads": 6, "kv_heads": 2, "head_dim": 10, "value_dim": 7}),
     "retention-grouped": (
