@@ -126,8 +126,17 @@ class Captured:
         tokens, slots = self._inputs[:, :size]
         hidden = self._model.step(tokens, self._pool, slots)
         self._hidden[:size] = hidden
-        logits = torch.mm(hidden, self._model.head.weight.T, out=self._logits[:size])
-        best = logits.argmax(-1)
+        weight, logits = self._model.head.weight, self._logits[:size]
+        if self._model.fused:
+            from difyops.engine.kernels import choice, product
+
+            if size <= product.FEW:
+                product.row(hidden, weight, out=logits)
+            else:
+                torch.mm(hidden, weight.T, out=logits)
+            choice.best(logits, BROKEN, self._best[:size])
+            return
+        best = torch.mm(hidden, weight.T, out=logits).argmax(-1)
         # argmax finds the first nan, where there is one.
         broken = logits.gather(-1, best[:, None])[:, 0].isnan()
         self._best[:size] = best.masked_fill(broken, BROKEN)

@@ -13,15 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from difyops.engine.layers import GatedMLP, GatedRMSNorm, RMSNorm
+from difyops.engine.layers import Fusible, GatedMLP, GatedRMSNorm, RMSNorm, RowNorm
 from difyops.engine.mixers import REGISTRY
 from difyops.engine.mixers.base import Mixer, options_from
+from difyops.engine.models.decoder import Block
 from difyops.engine.state import StatePool
 from tests.engine import gates
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and Triton's interpreter is not asked for", allow_module_level=True)
 pytest.importorskip("triton")
+choice = pytest.importorskip("difyops.engine.kernels.choice")
+product = pytest.importorskip("difyops.engine.kernels.product")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH = 24
@@ -161,10 +164,8 @@ def test_norms(width: int, offset: float) -> None:
     norm.weight.add_(0.1 * random(width, seed=3))
     fused = copy.deepcopy(norm).float()
     fused.fuse()
-    x, delta = random(5, width), random(5, width, seed=1)
+    x = random(5, width)
     close(fused(x.float()), norm(x))
-    for got, wanted in zip(fused.add(x.float(), delta.float()), norm.add(x, delta), strict=True):
-        close(got, wanted)
 
 
 @pytest.mark.parametrize(("groups", "gate_first"), [(1, False), (1, True), (3, True)])
@@ -184,3 +185,73 @@ def test_gated_mlp(bias: bool) -> None:
     fused.fuse()
     x = random(2, 3, WIDTH)
     close(fused(x.float()), mlp(x))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("width", [24, 1000, 4200])
+def test_products_of_a_few_rows(width: int, rows: int) -> None:
+    x, weight, bias = random(rows, width), random(42, width, seed=1), random(42, seed=2)
+    onto, norm = random(rows, 42, seed=3), RMSNorm(width, offset=1.0).double().to(DEVICE)
+    norm.weight.add_(0.1 * random(width, seed=4))
+    wanted = torch.nn.functional.linear(norm(x), weight, bias)
+    over = RowNorm(norm.weight.float(), norm.eps, norm.offset)
+    x, weight, bias = x.float(), weight.float(), bias.float()
+    close(product.row(x, weight, bias, norm=over, onto=onto.float()), wanted + onto)
+    a, b = wanted.chunk(2, -1)
+    close(product.row(x, weight, bias, norm=over, silu=True), torch.nn.functional.silu(a) * b)
+    close(product.row(x, weight), x.double() @ weight.double().T)
+
+
+def test_rough_products() -> None:
+    x, weight = random(2, 300).float(), random(50, 300, seed=1).float()
+    small, scales = product.quantised(weight)
+    close(product.row(x, small, scales=scales), x @ (small.float() * scales[:, None]).T)
+    close(product.row(x, small, scales=scales), x @ weight.T, within=0.05)
+
+
+def test_the_best_token() -> None:
+    logits = random(5, 10000).float()
+    logits[1, 7] = logits[1, 9000] = 50
+    logits[3, 9999] = 60
+    logits[4, 5000] = float("nan")
+    found = choice.best(logits, -1, torch.empty(5, dtype=torch.int64, device=DEVICE))
+    assert found.tolist() == [*logits[:4].argmax(-1).tolist(), -1]
+
+
+@pytest.mark.parametrize("form", ["prefill", "step", "verify"])
+@pytest.mark.parametrize("name", KINDS)
+def test_blocks_take_norm_and_addition_in(name: str, form: str) -> None:
+    twin = Twin(*KINDS[name])
+    for place, mixer in enumerate(twin.mixers):
+        torch.manual_seed(1)
+        norms = [RMSNorm(WIDTH).double() for _ in range(2)]
+        block = Block(norms[0], copy.deepcopy(mixer), norms[1], GatedMLP(WIDTH, 40).double())
+        norms[0].weight.add_(0.1 * torch.randn(WIDTH))
+        block = block.to(DEVICE, torch.float32 if place else torch.float64)
+        if place:
+            for module in block.modules():
+                if isinstance(module, Fusible):
+                    module.fuse()
+        twin.mixers[place] = Run(block)
+    if form == "prefill":
+        wanted, got = twin.prefill({2: 1, 6: 15, 1: 40})
+    else:
+        twin.prefill({2: 1, 6: 3, 1: 9, 4: 5})
+        slots = torch.tensor([4, 2, 1, 6], device=DEVICE)
+        shape = (4, WIDTH) if form == "step" else (4, 3, WIDTH)
+        wanted, got = twin.both(form, random(*shape, seed=2), slots)
+    close(got, wanted)
+
+
+class Run:
+    """A block, called as its mixer."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+        self.parameters = block.parameters
+
+    def __getattr__(self, form: str) -> Any:
+        def run(x: Tensor, state: Any, *more: Tensor) -> Tensor:
+            return self._block(x, lambda mixer, x, s: getattr(mixer, form)(x, s, *more), state)
+
+        return run

@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from difyops.engine.kernels.spans import Spans
-from difyops.engine.layers import Fusible, wide
+from difyops.engine.layers import Residual, wide
 from difyops.engine.state import LayerState, StateSpec
 
+#: Tokens of each sequence that a kernel of its own takes from the projections to the norm.
+FEW = 8
 #: Per-token tensors by name, e.g. q: [B, T, H, Dk].
 Inputs = dict[str, Tensor]
 #: The state of some sequences by name, e.g. S: [B, H, Dk, Dv].
@@ -26,7 +28,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Mixer(Fusible, ABC):
+class Mixer(Residual, ABC):
     """One layer's mixing of tokens. Made as `Kind(width, Kind.Options(...))`.
 
     All forms compute the same function of a sequence. x is [..., width] and so is what they
@@ -39,6 +41,9 @@ class Mixer(Fusible, ABC):
         """Whether `step` never waits for a GPU, and does the same work whatever lies there: it
         may be captured as a graph."""
         return True
+
+    #: Whether, once fused, it can take its block's norm in (see layers.Residual).
+    residual = False
 
     @abstractmethod
     def state_spec(self) -> StateSpec:
@@ -115,6 +120,22 @@ class RecurrentMixer(Mixer):
         """recur for each token of each span: inputs [N, …], slots [B] -> out [N, …]."""
         raise NotImplementedError
 
+    def finish_few(
+        self, inputs: Inputs, x: Tensor, state: LayerState, slots: Tensor, count: int, *, kept: bool
+    ) -> Tensor:
+        """advance and finish for `count` tokens of each sequence; unless the state is `kept` it
+        stays as it was, and what fold needs is noted."""
+        if not kept:
+            batch = (len(slots), count)
+            state.keep(slots, {name: tensor.unflatten(0, batch) for name, tensor in inputs.items()})
+        return self.finish(self.advance(inputs, state, slots, Spans(count, kept=kept)), inputs, x)
+
+    def fold(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
+        """advance for the first `accepted` ([B]) of the tokens that were noted."""
+        inputs = {name: tensor[slots].flatten(0, 1) for name, tensor in state.replay.items()}
+        window = next(iter(state.replay.values())).shape[1]
+        self.advance(inputs, state, slots, Spans.beginnings(accepted, window))
+
     def finish(self, out: Tensor, inputs: Inputs, x: Tensor) -> Tensor:
         """emit, for what advance answers."""
         return self.emit(out, x)
@@ -156,7 +177,7 @@ class RecurrentMixer(Mixer):
         positions = state.lengths[slots] if self.positional else slots
         inputs = self.project(x, positions)
         if self.in_place:
-            return self.finish(self.advance(inputs, state, slots, Spans()), inputs, x)
+            return self.finish_few(inputs, x, state, slots, 1, kept=True)
         out, carry = self.recur(inputs, state.read(slots))
         state.write(slots, carry)
         return self.emit(out, x)
@@ -164,19 +185,17 @@ class RecurrentMixer(Mixer):
     def verify(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
         count = x.shape[1]
         inputs = self.project(x, drafted_positions(state, slots, count))
-        state.keep(slots, inputs)
         if self.in_place:
             flat = {name: tensor.flatten(0, 1) for name, tensor in inputs.items()}
-            out = self.advance(flat, state, slots, Spans(count, kept=False))
-            return self.finish(out, flat, x.flatten(0, 1)).view_as(x)
+            rows = x.flatten(0, 1)
+            return self.finish_few(flat, rows, state, slots, count, kept=False).view_as(x)
+        state.keep(slots, inputs)
         out, _ = self.scan(inputs, state.read(slots), torch.full_like(slots, count))
         return self.emit(out, x)
 
     def commit(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
         if self.in_place:
-            inputs = {name: tensor[slots].flatten(0, 1) for name, tensor in state.replay.items()}
-            window = next(iter(state.replay.values())).shape[1]
-            self.advance(inputs, state, slots, Spans.beginnings(accepted, window))
+            self.fold(state, slots, accepted)
             return
         inputs = state.kept(slots, int(accepted.max()))
         if next(iter(inputs.values())).shape[1]:

@@ -97,10 +97,13 @@ class Softmax(Mixer):
                 keys = torch.cat((state.token["k"][rows], keys))
                 values = torch.cat((state.token["v"][rows], values))
             out.append(_causal(q[start:stop], keys, values))
-        return self._emit(torch.cat(out), gate)
+        mixed = self._emit(torch.cat(out), gate)
+        return mixed if self.taken is None else x + mixed
 
     def step(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
         return self.verify(x[:, None], state, slots)[:, 0]
+
+    residual = True
 
     @property
     def graphable(self) -> bool:
@@ -135,7 +138,7 @@ class Softmax(Mixer):
 
         o = self.options
         pages = state.token["k"], state.token["v"], state.table, state.lengths, slots
-        q, gate, k, v = self._heads(*self._inward(x))
+        q, gate, k, v = self._heads(*self._inward(x, self.taken))
         frequencies, scale = self.frequencies.on(x) if o.rotary_dim else (None, 1.0)
         norms = (self.q_norm.weight, self.k_norm.weight) if o.qk_norm else (None, None)
         q = kernel.place(
@@ -143,7 +146,7 @@ class Softmax(Mixer):
             q_norm=norms[0], k_norm=norms[1], eps=o.norm_eps, offset=o.norm_offset,
         )  # fmt: skip
         out = kernel.attend(q, *pages, state.page_size, gate).flatten(-2)
-        return product(out, self.o_proj.weight, self.o_proj.bias)
+        return product(out, self.o_proj.weight, self.o_proj.bias, onto=self.onto(x))
 
     def commit(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
         """Nothing to do: verify wrote behind the length, and the length moves."""
@@ -164,7 +167,7 @@ class Softmax(Mixer):
         """q [..., H, Dk], k [..., Hkv, Dk], v [..., Hkv, Dv] and the gate [..., H, Dv]."""
         o = self.options
         if self.fused:
-            q, gate, k, v = self._heads(*self._inward(x))
+            q, gate, k, v = self._heads(*self._inward(x, self.taken))
         else:
             q, gate, k, v = self._heads(self.q_proj(x), self.k_proj(x), self.v_proj(x))
         if o.qk_norm:
