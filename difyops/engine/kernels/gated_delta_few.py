@@ -3,7 +3,8 @@ gates, recurrence and gated norm in one launch, for a step, for verify and for c
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,11 +12,20 @@ import triton.language as tl
 from torch import Tensor
 
 from difyops.engine.kernels.functions import ahead, softplus, wait
-from difyops.engine.kernels.tails import convolved, keep, move, pick, pick_one, remembered
+from difyops.engine.kernels.tails import (
+    convolved,
+    keep,
+    keep_one,
+    move,
+    pick,
+    pick_one,
+    remembered,
+    tokens,
+)
 
 #: Steps of more sequences are quicker kernel by kernel: smaller programs overlap better.
 MOST = 16
-_HOW = {"num_warps": 8}
+_HOW: dict[str, Any] = {"num_warps": 8}
 
 
 class Weights(NamedTuple):
@@ -29,13 +39,13 @@ class Weights(NamedTuple):
 
 
 def run(
-    inputs: dict[str, Tensor],
-    state: dict[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
     slots: Tensor,
     weights: Weights,
     key_heads: int,
     count: int,
-    replay: dict[str, Tensor] | None = None,
+    replay: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """`count` tokens of each sequence: qkv [B * count, C], z [B * count, Hv * Dv], a and b
     [B * count, Hv], each with rows of any stride -> [B * count, Hv * Dv], normed, in z's dtype.
@@ -50,8 +60,8 @@ def run(
 
 
 def fold(
-    replay: dict[str, Tensor],
-    state: dict[str, Tensor],
+    replay: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
     slots: Tensor,
     accepted: Tensor,
     weights: Weights,
@@ -64,9 +74,9 @@ def fold(
 
 
 def _launch(
-    inputs: dict[str, Tensor], state: dict[str, Tensor], slots: Tensor, weights: Weights,
+    inputs: Mapping[str, Tensor], state: Mapping[str, Tensor], slots: Tensor, weights: Weights,
     key_heads: int, count: int, *, out: Tensor | None = None, accepted: Tensor | None = None,
-    replay: dict[str, Tensor] | None = None,
+    replay: Mapping[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
     qkv, a, b = inputs["qkv"], inputs["a"], inputs["b"]
     z = inputs["z"] if out is not None else qkv
@@ -113,11 +123,7 @@ def _few(
     v = remembered(tails, conv, conv, v_at, value, t, False, WIDTH)
     weight = tl.load(norm + j, mask=value, other=0).to(tl.float32)
     wait(AHEAD)
-    first = row * COUNT
-    count = COUNT
-    if FOLD:
-        first = slot * COUNT
-        count = tl.load(accepted + row).to(tl.int32)
+    first, count = tokens(accepted, row, slot, COUNT, FOLD)
     x = qkv + first * qkv_step
     there = t < COUNT
     q = convolved(q, x, qkv_step, conv, q_at, key, t, COUNT, WIDTH)
@@ -167,10 +173,8 @@ def _few(
         for member in tl.static_range(SHARED):
             at, one = v_at + member * value_dim, head * SHARED + member
             keep(kept_qkv + rows * channels, x, qkv_step, at, value & kept, t, COUNT)
-            raw_a = tl.load(a + (first + t) * a_step + one, mask=there, other=0)
-            raw_b = tl.load(b + (first + t) * b_step + one, mask=there, other=0)
-            tl.store(kept_a + rows * heads + one, raw_a, mask=there & kept)
-            tl.store(kept_b + rows * heads + one, raw_b, mask=there & kept)
+            keep_one(kept_a + rows * heads + one, a + (first + t) * a_step + one, there & kept)
+            keep_one(kept_b + rows * heads + one, b + (first + t) * b_step + one, there & kept)
     else:
         tl.debug_barrier()
         move(tails, x, qkv_step, q_at, key & kept, count, WIDTH)

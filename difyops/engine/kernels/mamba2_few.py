@@ -1,9 +1,11 @@
-"""Mamba-2's state space for a few tokens of each sequence, from the raw projections on: convolution,
-time steps, recurrence and gate in one launch, for a step, for verify and for commit."""
+"""Mamba-2's state space for a few tokens of each sequence, from the raw projections on:
+convolution, time steps, recurrence and gate in one launch, for a step, for verify and for commit.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,13 +21,14 @@ from difyops.engine.kernels.tails import (
     pick,
     pick_one,
     remembered,
+    tokens,
 )
 
 _BLOCK = 256
 
 #: Steps of more sequences are quicker kernel by kernel: smaller programs overlap better.
 MOST = 16
-_HOW = {"num_warps": 4}
+_HOW: dict[str, Any] = {"num_warps": 4}
 
 
 class Weights(NamedTuple):
@@ -42,12 +45,12 @@ class Weights(NamedTuple):
 
 
 def run(
-    inputs: dict[str, Tensor],
-    state: dict[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
     slots: Tensor,
     weights: Weights,
     count: int,
-    replay: dict[str, Tensor] | None = None,
+    replay: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """`count` tokens of each sequence: xBC [B * count, C], gate [B * count, H * P] and dt
     [B * count, H], each with rows of any stride -> y * silu(gate), [B * count, H * P], float32.
@@ -62,8 +65,8 @@ def run(
 
 
 def fold(
-    replay: dict[str, Tensor],
-    state: dict[str, Tensor],
+    replay: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
     slots: Tensor,
     accepted: Tensor,
     weights: Weights,
@@ -74,9 +77,9 @@ def fold(
 
 
 def _launch(
-    inputs: dict[str, Tensor], state: dict[str, Tensor], slots: Tensor, weights: Weights,
+    inputs: Mapping[str, Tensor], state: Mapping[str, Tensor], slots: Tensor, weights: Weights,
     count: int, *, out: Tensor | None = None, accepted: Tensor | None = None,
-    replay: dict[str, Tensor] | None = None,
+    replay: Mapping[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
     w, xbc, dt, tail = weights, inputs["xBC"], inputs["dt"], state["tail"]
     gate = inputs["gate"] if out is not None else xbc
@@ -135,11 +138,7 @@ def _few(
     through = tl.load(skip + head).to(tl.float32)
     later = tl.load(dt_bias + head).to(tl.float32)
     wait(AHEAD)
-    first = row * COUNT
-    count = COUNT
-    if FOLD:
-        first = slot * COUNT
-        count = tl.load(accepted + row).to(tl.int32)
+    first, count = tokens(accepted, row, slot, COUNT, FOLD)
     raw = xbc + first * xbc_step
     there = t < COUNT
     x = convolved(x, raw, xbc_step, conv, x_at, ours, t, COUNT, WIDTH)

@@ -19,7 +19,8 @@ def rms_norm(x: Tensor, norm: RowNorm, dtype: torch.dtype) -> Tensor:
     block = triton.next_power_of_2(width)
     rows = x.view(-1, width)
     _rms_norm[(len(rows),)](
-        x, norm.weight, out, width, norm.eps, norm.offset, BLOCK=block, num_warps=_warps(block), **ahead(rows),
+        x, norm.weight, out, width, norm.eps, norm.offset,
+        BLOCK=block, num_warps=_warps(block), **ahead(rows),
     )  # fmt: skip
     return out
 

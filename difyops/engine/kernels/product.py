@@ -32,7 +32,7 @@ def row(
     out: Tensor | None = None,
 ) -> Tensor:
     """onto + F.linear(norm(x)) of up to FEW rows: x [..., K], weight [N, K], bias [N],
-    onto [..., N] -> [..., N] (`out`); in onto's dtype where there is one, else in the bias's or weight's.
+    onto [..., N] -> [..., N], `out` or in the dtype of onto or else of weight.
 
     `silu`: of the two halves of such a product, [a, b], silu(a) * b: [..., N / 2]. `scales` ([N],
     float32): what the weight's rows are to be multiplied by; the product is then in x's dtype.
@@ -85,16 +85,7 @@ def _row(
     place = weight + n.to(tl.int64)[:, None, None] * WIDTH + k
     second = count.to(tl.int64) * WIDTH
     # Weights are on their way before the rows are there, and before it is their turn.
-    mine = ours[:, None, None] & (k < WIDTH)
-    held = tl.load(place, mask=mine, other=0.0)
-    if SILU:
-        gated = tl.load(place + second, mask=mine, other=0.0)
-    else:
-        gated = held
-    if NORMED:
-        scale = tl.load(norm + k, mask=k < WIDTH, other=0.0)
-    else:
-        scale = k
+    held, gated, scale = _weights(place, second, norm, 0, k, ours, NORMED, SILU, WIDTH)
     wait(AHEAD)
     if WIDTH <= CHUNKS * COLUMNS:
         for m in tl.static_range(TOKENS):
@@ -120,14 +111,7 @@ def _row(
                 if NORMED:
                     squares += tl.where((at == m)[:, None], square[None, :], 0)
             later = start + CHUNKS * COLUMNS
-            mine = ours[:, None, None] & (later + k < WIDTH)
-            held = tl.load(place + later, mask=mine, other=0.0)
-            if SILU:
-                gated = tl.load(place + second + later, mask=mine, other=0.0)
-            else:
-                gated = held
-            if NORMED:
-                scale = tl.load(norm + later + k, mask=later + k < WIDTH, other=0.0)
+            held, gated, scale = _weights(place, second, norm, later, k, ours, NORMED, SILU, WIDTH)
         for m in tl.static_range(TOKENS):
             a = tl.sum(tl.where((at == m)[:, None], first, 0), 0)
             b = tl.sum(tl.where((at == m)[:, None], other, 0), 0)
@@ -136,6 +120,22 @@ def _row(
                 a, b, square, m, n, ours, bias, scales, onto, out, rows, count, eps,
                 BIASED, SCALED, NORMED, ADDED, SILU, WIDTH,
             )  # fmt: skip
+
+
+@triton.jit
+def _weights(
+    place, second, norm, start, k, ours,
+    NORMED: tl.constexpr, SILU: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Of the lines from `start` on, of those that they are gated with, and of the norm."""
+    inside = start + k < WIDTH
+    held = tl.load(place + start, mask=ours[:, None, None] & inside, other=0.0)
+    gated, scale = held, held
+    if SILU:
+        gated = tl.load(place + second + start, mask=ours[:, None, None] & inside, other=0.0)
+    if NORMED:
+        scale = tl.load(norm + start + k, mask=inside, other=0.0)
+    return held, gated, scale
 
 
 @triton.jit

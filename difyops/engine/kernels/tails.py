@@ -9,6 +9,18 @@ from difyops.engine.kernels.functions import wait
 
 
 @triton.jit
+def tokens(accepted, row, slot, COUNT: tl.constexpr, FOLD: tl.constexpr):
+    """A row's first token and how many it has: COUNT each, or those accepted of what its slot
+    keeps COUNT of."""
+    first = row * COUNT
+    count = COUNT
+    if FOLD:
+        first = slot * COUNT
+        count = tl.load(accepted + row).to(tl.int32)
+    return first, count
+
+
+@triton.jit
 def remembered(tail, weight, bias, channel, inside, t, BIASED: tl.constexpr, WIDTH: tl.constexpr):
     """What a tail's tokens add to the convolution at tokens t behind it: [T, channels]."""
     total = tl.zeros([t.shape[0], channel.shape[0]], tl.float32)
@@ -60,6 +72,11 @@ def keep(target, x, x_step, channel, inside, t, COUNT: tl.constexpr):
 
 
 @triton.jit
+def keep_one(target, source, mine):
+    tl.store(target, tl.load(source, mask=mine, other=0), mask=mine)
+
+
+@triton.jit
 def pick(rows, t, n):
     """Row n of rows [T, D], t = 0..T."""
     return tl.sum(tl.where(t[:, None] == n, rows, 0), 0)
@@ -81,9 +98,6 @@ def move_some(
     channel = begin + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     wait(AHEAD)
     slot = tl.load(slots + row)
-    count = COUNT
-    if FOLD:
-        count = tl.load(taken + row).to(tl.int32)
-        row = slot
+    first, count = tokens(taken, row, slot, COUNT, FOLD)
     mine = (channel < channels) & (slot > 0)
-    move(tail + slot * tail_step, x + row * COUNT * x_step, x_step, channel, mine, count, WIDTH)
+    move(tail + slot * tail_step, x + first * x_step, x_step, channel, mine, count, WIDTH)

@@ -127,7 +127,8 @@ class RecurrentMixer(Mixer):
         stays as it was, and what fold needs is noted."""
         if not kept:
             batch = (len(slots), count)
-            state.keep(slots, {name: tensor.unflatten(0, batch) for name, tensor in inputs.items()})
+            noted = {name: x.reshape(*batch, *x.shape[1:]) for name, x in inputs.items()}
+            state.keep(slots, noted)
         return self.finish(self.advance(inputs, state, slots, Spans(count, kept=kept)), inputs, x)
 
     def fold(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:

@@ -36,7 +36,7 @@ class Shape:
 
 
 class Block(Fusible):
-    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP. A fused block may change x."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP. Fused, it may change x."""
 
     def __init__(
         self,
