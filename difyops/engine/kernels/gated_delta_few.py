@@ -25,7 +25,7 @@ from difyops.engine.kernels.tails import (
 
 #: Steps of more sequences are quicker kernel by kernel: smaller programs overlap better.
 MOST = 16
-_HOW: dict[str, Any] = {"num_warps": 8}
+_HOW: dict[str, Any] = {"num_warps": 4}
 
 
 class Weights(NamedTuple):

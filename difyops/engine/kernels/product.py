@@ -18,6 +18,8 @@ FEW = 8
 _COLUMNS = 256
 #: Of them, so many at most wait in registers for the row to come.
 _CHUNKS = 16
+#: Up to so many lines a program has one, so that there are enough programs.
+_SPARSE = 2048
 
 
 def row(
@@ -44,14 +46,14 @@ def row(
         kind = kind if onto is None else onto.dtype
         out = torch.empty(*x.shape[:-1], count, dtype=kind, device=x.device)
     rows = x.numel() // width
-    chunks, lines, warps = _tile(count, width, silu)
+    chunks, lines = _tile(count, width, silu)
     _row[(triton.cdiv(count, lines),)](
         x.contiguous(), weight, *(weight if t is None else t for t in (bias, scales)),
         weight if norm is None else norm.weight, weight if onto is None else onto.contiguous(), out,
         rows, count, 0.0 if norm is None else norm.eps, 0.0 if norm is None else norm.offset,
         BIASED=bias is not None, SCALED=scales is not None, NORMED=norm is not None,
         ADDED=onto is not None, SILU=silu, WIDTH=width, TOKENS=triton.next_power_of_2(rows),
-        CHUNKS=chunks, LINES=lines, COLUMNS=_COLUMNS, num_warps=warps, **ahead(out.view(rows, -1)),
+        CHUNKS=chunks, LINES=lines, COLUMNS=_COLUMNS, num_warps=1, **ahead(out.view(rows, -1)),
     )  # fmt: skip
     return out
 
@@ -62,11 +64,10 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scales[:, None]).to(torch.float8_e4m3fn), scales
 
 
-def _tile(count: int, width: int, silu: bool) -> tuple[int, int, int]:
-    """Chunks of a row that are held at once, rows of a program, and its warps."""
+def _tile(count: int, width: int, silu: bool) -> tuple[int, int]:
+    """Chunks of a row that are held at once, and lines of a program."""
     chunks = min(triton.next_power_of_2(triton.cdiv(width, _COLUMNS)), _CHUNKS // (1 + silu))
-    warps = 8 if count > 4096 else 4
-    return chunks, 2 * warps if chunks <= 4 and count > 2048 else warps, warps
+    return chunks, max(_CHUNKS // chunks // (1 + silu), 1) if count > _SPARSE else 1
 
 
 @triton.jit
@@ -78,11 +79,9 @@ def _row(
 ):  # fmt: skip
     n = tl.program_id(0) * LINES + tl.arange(0, LINES)
     ours = n < count
-    # In this order a warp has whole lines, and a thread adds up chunks by itself. The rows and the
-    # norm are read once for each line: from near by, and no warp waits for another.
+    # A program is one warp, and a thread adds up chunks by itself: nobody waits for another.
     k = tl.arange(0, CHUNKS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    k = tl.broadcast_to(k[None, :, :], [LINES, CHUNKS, COLUMNS])
-    place = weight + n.to(tl.int64)[:, None, None] * WIDTH + k
+    place = weight + n.to(tl.int64)[:, None, None] * WIDTH + k[None, :, :]
     second = count.to(tl.int64) * WIDTH
     # Weights are on their way before the rows are there, and before it is their turn.
     held, gated, scale = _weights(place, second, norm, 0, k, ours, NORMED, SILU, WIDTH)
@@ -99,7 +98,7 @@ def _row(
     else:
         at = tl.arange(0, TOKENS)
         first, other = tl.zeros([TOKENS, LINES], tl.float32), tl.zeros([TOKENS, LINES], tl.float32)
-        squares = tl.zeros([TOKENS, LINES], tl.float32)
+        squares = tl.zeros([TOKENS], tl.float32)
         for start in range(0, WIDTH, CHUNKS * COLUMNS):
             for m in tl.static_range(TOKENS):
                 a, b, square = _partial(
@@ -109,13 +108,13 @@ def _row(
                 if SILU:
                     other += tl.where((at == m)[:, None], b[None, :], 0)
                 if NORMED:
-                    squares += tl.where((at == m)[:, None], square[None, :], 0)
+                    squares += tl.where(at == m, square, 0)
             later = start + CHUNKS * COLUMNS
             held, gated, scale = _weights(place, second, norm, later, k, ours, NORMED, SILU, WIDTH)
         for m in tl.static_range(TOKENS):
             a = tl.sum(tl.where((at == m)[:, None], first, 0), 0)
             b = tl.sum(tl.where((at == m)[:, None], other, 0), 0)
-            square = tl.sum(tl.where((at == m)[:, None], squares, 0), 0)
+            square = tl.sum(tl.where(at == m, squares, 0), 0)
             _finish(
                 a, b, square, m, n, ours, bias, scales, onto, out, rows, count, eps,
                 BIASED, SCALED, NORMED, ADDED, SILU, WIDTH,
@@ -129,10 +128,11 @@ def _weights(
 ):  # fmt: skip
     """Of the lines from `start` on, of those that they are gated with, and of the norm."""
     inside = start + k < WIDTH
-    held = tl.load(place + start, mask=ours[:, None, None] & inside, other=0.0)
+    mine = ours[:, None, None] & inside[None, :, :]
+    held = tl.load(place + start, mask=mine, other=0.0)
     gated, scale = held, held
     if SILU:
-        gated = tl.load(place + second + start, mask=ours[:, None, None] & inside, other=0.0)
+        gated = tl.load(place + second + start, mask=mine, other=0.0)
     if NORMED:
         scale = tl.load(norm + start + k, mask=inside, other=0.0)
     return held, gated, scale
@@ -146,14 +146,14 @@ def _partial(
     """What one row's numbers from `start` on add to the products, and to the sum of squares."""
     row = tl.minimum(m, rows - 1).to(tl.int64) * WIDTH
     now = tl.load(x + row + start + k, mask=start + k < WIDTH, other=0.0).to(tl.float32)
-    square = tl.zeros([held.shape[0]], tl.float32)
+    square = 0.0
     if NORMED:
-        square = tl.sum(tl.sum(now * now, 1), 1)
+        square = tl.sum(tl.sum(now * now, 0), 0)
         now = now * (scale.to(tl.float32) + offset)
-    a = tl.sum(tl.sum(held.to(tl.float32) * now, 1), 1)
+    a = tl.sum(tl.sum(held.to(tl.float32) * now[None, :, :], 1), 1)
     b = a
     if SILU:
-        b = tl.sum(tl.sum(gated.to(tl.float32) * now, 1), 1)
+        b = tl.sum(tl.sum(gated.to(tl.float32) * now[None, :, :], 1), 1)
     return a, b, square
 
 

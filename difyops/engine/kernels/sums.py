@@ -13,8 +13,9 @@ from difyops.engine.kernels.spans import Spans
 
 #: Values that one program holds the state of, and its warps; see gated_delta.py.
 _STEP, _PROMPT = (64, 4), (8, 1)
-#: The same where keys are summed, too: one tile changes their sums in place.
-_WHOLE = (128, 8)
+#: For up to so many sequences, where keys are summed, too: one tile changes their sums in place,
+#: and a launch is saved.
+_FEW, _WHOLE = 8, (128, 8)
 
 
 def run(
@@ -40,7 +41,9 @@ def run(
     """
     heads, key_dim, value_dim = state.shape[1:]
     out = torch.empty(*q.shape[:2], value_dim, dtype=dtype, device=q.device)
-    tile, warps = (_WHOLE if norms is not None else _STEP) if spans.short else _PROMPT
+    tile, warps = _STEP if spans.short else _PROMPT
+    if norms is not None and spans.short and len(slots) <= _FEW:
+        tile, warps = _WHOLE
     tile = min(tile, triton.next_power_of_2(value_dim))
     tiles = triton.cdiv(value_dim, tile)
     # Every tile needs the norms, and none may change them while another reads.
