@@ -140,7 +140,7 @@ def gpu(
         list[str] | None,
         typer.Option(
             help="qwen3.5-0.8b, qwen3.5-9b, mamba2-1.3b, linear-1b, hybrid-1b or softmax-1b; may "
-            "be repeated. Without it: the first, the third and the fourth."
+            "be repeated. Without it: qwen3.5-0.8b, mamba2-1.3b and linear-1b."
         ),
     ] = None,
     part: Annotated[

@@ -62,7 +62,7 @@ def profile(subject: Subject) -> Iterator[Row]:
     for (work, size, unit), once in works.items():
         total, kernels = _kernels(once)
         for name, count, seconds in islice(kernels, TOP):
-            note = f"{seconds / total:.0%} in {count} x {name}"
+            note = f"{seconds / total:.0%} in {count} x {name[:60]}"
             facts = {"kernel": name, "count": count, "of": total}
             yield Row(subject.name, f"kernel of a {work}", size, seconds, note=note, unit=unit,
                       facts=facts)  # fmt: skip
