@@ -27,6 +27,8 @@ TRAINED = "tiny"
 MARKS, WINDOW, BATCH = (1024, 2048, 4096), 128, 8
 PROMPTS, ANSWER = 200, 64
 GUESSES = 2
+#: Answers that the CPU looks at in one pass.
+READ_AT_ONCE = 50
 #: Answers may part where the two largest float32 scores are nearer than this, in nats; parting
 #: elsewhere is a failure. Counts are told below the others, too.
 MARGIN = 0.5
@@ -111,11 +113,26 @@ class Parting:
 
 
 @torch.inference_mode()
-def parting(model: Decoder, prompt: Sequence[int], answer: Sequence[int]) -> Parting | None:
+def partings(
+    model: Decoder, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> list[Parting | None]:
     """`model` is in float32, on the CPU. One pass tells: up to the parting both have read the
-    same."""
-    read = torch.tensor([[*prompt, *answer]])
-    scores = model.logits(model(read)[0, len(prompt) - 1 : -1])
+    same. Many are read at once, as the CPU's threads want it."""
+    found: list[Parting | None] = []
+    whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    for start in range(0, len(whole), READ_AT_ONCE):
+        rows = whole[start : start + READ_AT_ONCE]
+        longest = max(map(len, rows))
+        hidden = model(torch.tensor([row + [0] * (longest - len(row)) for row in rows]))
+        for i, row in enumerate(rows):
+            first = len(prompts[start + i])
+            scores = model.logits(hidden[i, first - 1 : len(row) - 1])
+            found.append(_parting(scores, row[first:]))
+    return found
+
+
+def _parting(scores: Tensor, answer: Sequence[int]) -> Parting | None:
+    """scores: [T, V], of the T tokens of `answer`."""
     wrong = (scores.argmax(-1) != torch.tensor(answer)).nonzero()
     if not len(wrong):
         return None
@@ -175,6 +192,6 @@ def agreeing(
         plain = plain or said
         other = sum(a != b for a, b in zip(plain, said, strict=True))
         extra = f"; {other} are not the plain ones" if said is not plain else ""
-        found = [parting(reference, p, a) for p, a in zip(prompts, said, strict=True)]
+        found = partings(reference, prompts, said)
         dtype = str(ours.dtype).removeprefix("torch.")
         yield summary(TRAINED, f"{dtype}, {work}", found, sum(map(len, said)), extra)

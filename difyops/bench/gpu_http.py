@@ -20,7 +20,7 @@ from difyops.bench.peers import healthy, process, worker
 #: The first is compared with the engine's own throughput, the second only has to be held.
 STREAMS = (64, 256)
 #: Tokens of each prompt and of each answer.
-PROMPT, ANSWER = 128, 512
+PROMPT, ANSWER = 128, 1024
 #: Processes that the streams are read by.
 READERS = 4
 

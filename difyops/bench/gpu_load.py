@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from difyops.bench.gpu_engine import NoText, ask, greedy, running
-from difyops.bench.gpu_exact import TRAINED, Parting, parting, summary, trained
+from difyops.bench.gpu_exact import TRAINED, Parting, partings, summary, trained
 from difyops.bench.gpu_model import Limits, Row, Wanted
 from difyops.engine import drafters
 from difyops.engine.grammar import GrammarConstraint, Grammars
@@ -220,7 +220,7 @@ def _nearer(
     """Where two answers part: the gap of the float32 scores at that place."""
     same = next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
     read = [*prompt, *one[:same]]
-    found = parting(reference, read, [-1])
+    (found,) = partings(reference, [read], [[-1]])
     if found is None:
         raise DifyopsError("no token is -1")
     return Parting(same, found.gap)

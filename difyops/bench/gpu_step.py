@@ -134,7 +134,7 @@ def _kernels(once: Callable[[], object]) -> tuple[float, list[tuple[str, int, fl
     rounds = 5
     for _ in range(3):
         once()
-    with profiling(activities=[ProfilerActivity.CUDA]) as seen:
+    with profiling(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
         for _ in range(rounds):
             once()
         torch.cuda.synchronize()

@@ -106,9 +106,12 @@ def test_the_first_token_that_is_not_the_best_is_found(trained: Loaded) -> None:
     (prompt,) = gpu_exact.chat_prompts(trained, 1)
     with gpu_engine.running(trained.model, slots=1, context=256) as engine:
         (said,) = gpu_engine.ask(engine, gpu_engine.greedy([prompt], 6))
-    assert gpu_exact.parting(trained.model, prompt, said.tokens) is None
     wrong = [*said.tokens[:3], said.tokens[3] ^ 1, *said.tokens[4:]]
-    found = gpu_exact.parting(trained.model, prompt, wrong)
+    short = ([5, 6], [7])
+    right, found, _ = gpu_exact.partings(
+        trained.model, [prompt, prompt, short[0]], [said.tokens, wrong, short[1]]
+    )
+    assert right is None
     assert found is not None
     assert (found.place, found.gap > 0) == (3, True)
 
