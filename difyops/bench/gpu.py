@@ -93,8 +93,8 @@ class Found:
             "products at that length (the head scores one token, the embedding is a look-up), or "
             "to read the weights once, whichever takes longer",
             f"decoding behind {BEFORE} tokens where no context is named; eager: without graphs and "
-            "kernels; engine: with scheduling, detokenising left out; kernels: one that starts before "
-            "the one in front of it has ended counts the wait, too",
+            "kernels; engine: with scheduling, detokenising left out; kernels: one that starts "
+            "before the one in front of it has ended counts the wait, too",
         ]
 
 
