@@ -14,7 +14,7 @@ from torch import Tensor
 
 from difyops.bench import load as chats
 from difyops.bench.gpu_engine import ask, greedy, running
-from difyops.bench.gpu_model import SHAPES, Limits, Row, Wanted, build, filled, states_in
+from difyops.bench.gpu_model import SHAPES, Limits, Row, Wanted, build, filled
 from difyops.engine import drafters, graphs, kernels, sources
 from difyops.engine.chat import ChatTemplate
 from difyops.engine.load import Loaded, load
@@ -83,8 +83,8 @@ def drifting(name: str, model: Decoder, marks: Sequence[int] = MARKS) -> Iterato
         graphs.Captured if graphs.possible(model) else graphs.Eager
     )
     wide = model.state_specs()
-    pools = [filled(model, BATCH, 0, marks[-1], specs) for specs in
-             (wide, states_in(wide, torch.bfloat16))]  # fmt: skip
+    narrow = [spec.stored_in(torch.bfloat16) for spec in wide]
+    pools = [filled(model, BATCH, 0, marks[-1], specs) for specs in (wide, narrow)]
     slots = pools[0][1]
     exact, rounded = (steps(model, pool) for pool, _ in pools)
     dice = torch.Generator(model.embed.weight.device).manual_seed(0)

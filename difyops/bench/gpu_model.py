@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -190,20 +190,6 @@ def _read(model: Decoder, head: torch.Tensor | None) -> list[torch.Tensor]:
     aside |= {id(p) for p in model.extra.parameters()}
     inner: list[torch.Tensor] = [p for p in model.parameters() if id(p) not in aside]
     return inner if head is None else [*inner, head]
-
-
-def states_in(specs: Sequence[StateSpec], dtype: torch.dtype) -> list[StateSpec]:
-    """The same with recurrent states in `dtype`; what is kept in the weights' dtype stays."""
-    return [
-        replace(
-            spec,
-            slot={
-                name: replace(tensor, dtype=dtype) if tensor.dtype == torch.float32 else tensor
-                for name, tensor in spec.slot.items()
-            },
-        )
-        for spec in specs
-    ]
 
 
 def filled(

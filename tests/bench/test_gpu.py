@@ -104,14 +104,6 @@ def test_what_only_guesses_is_no_part_of_a_step() -> None:
     assert shapes.weight_bytes(plain) == shapes.weight_bytes(guessing)
 
 
-def test_states_can_be_kept_in_fewer_bits() -> None:
-    model = tiny.model("gated_delta", dtype=torch.bfloat16)[0]
-    wide, narrow = model.state_specs(), shapes.states_in(model.state_specs(), torch.bfloat16)
-    assert {spec.slot["S"].dtype for spec in wide} == {torch.float32}
-    assert {tensor.dtype for spec in narrow for tensor in spec.slot.values()} == {torch.bfloat16}
-    assert [spec.replay for spec in wide] == [spec.replay for spec in narrow]
-
-
 def test_a_filled_pool_holds_what_was_asked_for() -> None:
     model = tiny.model("hybrid")[0]
     pool, slots = shapes.filled(model, 3, 40, 8)

@@ -18,6 +18,7 @@ from difyops.bench.peers import worker
 from difyops.engine.load import Loaded
 from difyops.engine.models.decoder import Decoder
 from difyops.engine.slots import IntegrityError
+from difyops.engine.state import StateSpec
 from difyops.errors import DifyopsError
 from tests.engine import tiny
 
@@ -97,7 +98,7 @@ def test_rounded_states_drift_and_equal_ones_do_not(
     first, second = gpu_exact.drifting("m", model, (3, 9))
     assert (first.size, second.size) == (3, 9)
     assert 0 < second.facts["mean"] < 0.2 < second.facts["spread"]
-    monkeypatch.setattr(gpu_exact, "states_in", lambda specs, dtype: specs)
+    monkeypatch.setattr(StateSpec, "stored_in", lambda spec, dtype: spec)
     (row,) = gpu_exact.drifting("m", model, (5,))
     assert (row.facts["most"], row.facts["same"]) == (0.0, 1.0)
 
