@@ -16,6 +16,7 @@ from torch import Tensor
 from difyops.engine import graphs, kernels, sample
 from difyops.engine.adapt import Adaptive
 from difyops.engine.flight import Flight
+from difyops.engine.keeping import Keeping
 from difyops.engine.models.decoder import Decoder
 from difyops.engine.prefix import PrefixCache
 from difyops.engine.request import EngineStopped, FinishReason, Output, Request, TokenLogprob
@@ -95,6 +96,7 @@ class Engine:
         self.cache: PrefixCache[Snapshot] | None = (
             PrefixCache(prefix_bytes, self.pool.drop) if prefix_bytes else None
         )
+        self._keeping = Keeping(self.cache, self.pool)
         self._scheduler = Scheduler(
             self.pool.table,
             Limits(
@@ -104,9 +106,9 @@ class Engine:
                 window,
                 block=self.cache.block if self.cache is not None else 0,
             ),
-            self._kept,
-            self._resume,
-            self._reclaim,
+            self._keeping.longest,
+            self._keeping.resume,
+            self._keeping.reclaim,
         )
         #: What was launched, and not seen yet.
         self._flight: Flight | None = None
@@ -309,7 +311,8 @@ class Engine:
         self._drafter_reads(read.tokens, read.hidden, read.slots, read.bounds)
         for span in spans:
             span.request.computed = span.stop
-            self._keep(span.request)
+            with self._turn:
+                self._keeping.keep(span.request)
         return read
 
     def _step(self, requests: Sequence[Request]) -> graphs.Stepped:
@@ -412,45 +415,6 @@ class Engine:
         if self._adaptive is not None:
             self._adaptive.came_true(hits, min(judged, len(guessed)))
 
-    def _kept(self, request: Request) -> tuple[int, int]:
-        """Tokens, and pages to share, of the longest kept beginning. The turn is held."""
-        found = self.cache.find(request.tokens, request.salt) if self.cache is not None else None
-        return (found.length, self.pool.table.shared(found.lease)) if found is not None else (0, 0)
-
-    def _resume(self, request: Request) -> int:
-        """Put the longest kept beginning of the request into its new slot. The turn is held."""
-        if self.cache is None or request.slot is None:
-            return 0
-        usage = self.cache.usage
-        usage.looked_up += len(request.tokens)
-        found = self.cache.find(request.tokens, request.salt)
-        if found is None:
-            return 0
-        try:
-            self.pool.restore(request.slot, found)
-        except MemoryError:
-            return 0
-        usage.reused += found.length
-        request.reused = max(request.reused, min(found.length, len(request.prompt)))
-        return found.length
-
-    def _reclaim(self) -> bool:
-        return self.cache is not None and self.cache.evict()
-
-    def _keep(self, request: Request) -> None:
-        """Keep the state of the request as it is now, for whoever begins alike."""
-        if self.cache is None or request.slot is None or not request.computed:
-            return
-        # A step ahead of its end has read the stop token as well.
-        stop = [] if request.ended_by is None else [request.ended_by]
-        tokens = [*request.tokens, *stop][: request.computed]
-        with self._turn:
-            if not self.cache.has(tokens, request.salt):
-                known = None if self.pool.drafting else len(tokens)
-                snapshot = self.pool.snapshot(request.slot, known)
-                size = self.pool.snapshot_bytes(snapshot)
-                self.cache.keep(tokens, snapshot, size, request.salt)
-
     def _hand_out(self, batch: Batch, outputs: Mapping[Request, Output]) -> None:
         with self._turn:
             self._counters.steps += 1
@@ -462,7 +426,7 @@ class Engine:
                     self._deliver[request](output)
                 else:
                     if output.finish is not FinishReason.ERROR:
-                        self._keep(request)
+                        self._keeping.keep(request)
                     self._finish(request, output)
 
     def _accept(self, request: Request, choice: TokenLogprob | Exception) -> Output:

@@ -203,10 +203,10 @@ def probabilities(scores: Tensor, sampling: Sequence[SamplingParams]) -> Tensor:
     size = scores.shape[1]
     scores = scores.to(torch.float64) / _column((s.temperature for s in sampling), scores)
     if most := max((s.top_k for s in sampling if s.top_k < size), default=0):
-        ordered = scores.topk(most).values
         last = sent([[max(min(s.top_k, most) - 1, 0)] for s in sampling], scores.device)
-        limited = sent([[0 < s.top_k < size] for s in sampling], scores.device, torch.bool)
-        scores = scores.masked_fill((scores < ordered.gather(-1, last)) & limited, float("-inf"))
+        unlimited = sent([[not 0 < s.top_k < size] for s in sampling], scores.device, torch.bool)
+        least = scores.topk(most).values.gather(-1, last).masked_fill_(unlimited, float("-inf"))
+        scores = scores.masked_fill_(scores < least, float("-inf"))
     shares = scores.softmax(-1)
     if any(s.top_p < 1 for s in sampling):
         least = _nucleus(shares, _column((s.top_p for s in sampling), scores))
