@@ -30,8 +30,8 @@ from difyops.loopback import is_loopback
 from difyops.serving import process
 
 if TYPE_CHECKING:
-    from difyops.engine.runner import Stats
     from difyops.engine.service import Service
+    from difyops.engine.stats import Stats
 
 log = logging.getLogger("difyops.engine")
 
