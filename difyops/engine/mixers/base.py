@@ -137,15 +137,17 @@ class RecurrentMixer(Mixer):
         return self.emit(out, x)
 
     def prefill(self, x: Tensor, state: LayerState, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
-        lengths = cu_seqlens.diff()
-        positions = slots
-        if self.positional or not self.in_place:
-            within = _within(cu_seqlens, lengths, len(x))
-            positions = state.lengths[slots].repeat_interleave(lengths, output_size=len(x)) + within
-        inputs = self.project(x, positions)
         if self.in_place:
+            positions = slots
+            if self.positional:
+                positions = _packed_positions(state, slots, cu_seqlens, len(x))
+            inputs = self.project(x, positions)
             out = self.advance(inputs, state, slots, Spans.packed(cu_seqlens))
             return self.finish(out, inputs, x)
+        lengths = cu_seqlens.diff()
+        within = _within(cu_seqlens, lengths, len(x))
+        before = state.lengths[slots].repeat_interleave(lengths, output_size=len(x))
+        inputs = self.project(x, before + within)
         place = _places(lengths, within)
         padded = {name: _pad(tensor, place, lengths) for name, tensor in inputs.items()}
         out, carry = self.scan(padded, state.read(slots), lengths)
@@ -201,6 +203,13 @@ def drafted_positions(state: LayerState, slots: Tensor, count: int) -> Tensor:
 def within_length(lengths: Tensor, count: int) -> Tensor:
     """Which of `count` positions lie within each length: [B] -> bool [B, count]."""
     return torch.arange(count, device=lengths.device) < lengths[:, None]
+
+
+def _packed_positions(state: LayerState, slots: Tensor, cu_seqlens: Tensor, count: int) -> Tensor:
+    """Positions of `count` packed tokens: [N]. Those behind the last bound are anything."""
+    index = torch.arange(count, device=slots.device)
+    row = torch.searchsorted(cu_seqlens[1:-1], index, right=True)
+    return index + (state.lengths[slots] - cu_seqlens[:-1])[row]
 
 
 def _within(cu_seqlens: Tensor, lengths: Tensor, count: int) -> Tensor:
