@@ -125,11 +125,15 @@ def _many(
     tl.store(out + (token * channels)[:, None] + at[None, :], done, mask=here)
     if KEPT and start == first:
         tl.debug_barrier()  # every thread has read the tail
-        kept = inside & (slot > 0)
-        # Each place takes one that lies behind it: in this order nothing is lost.
-        for place in tl.static_range(WIDTH - 1):
-            source = last - (WIDTH - 1) + place
-            new = tl.load(x + source * x_step + at, mask=inside & (source >= first), other=0)
-            behind = tl.maximum(WIDTH - 1 + source - first, 0)
-            old = tl.load(seen + behind, mask=inside & (source < first), other=0)
-            tl.store(seen + place, tl.where(source >= first, new, old), mask=kept)
+        _move(x + at, seen, x_step, first, last, inside, inside & (slot > 0), WIDTH)
+
+
+@triton.jit
+def _move(x, seen, x_step, first, last, inside, kept, WIDTH: tl.constexpr):
+    """Each place of a tail takes one that lies behind it: in this order nothing is lost."""
+    for place in tl.static_range(WIDTH - 1):
+        source = last - (WIDTH - 1) + place
+        new = tl.load(x + source * x_step, mask=inside & (source >= first), other=0)
+        behind = tl.maximum(WIDTH - 1 + source - first, 0)
+        old = tl.load(seen + behind, mask=inside & (source < first), other=0)
+        tl.store(seen + place, tl.where(source >= first, new, old), mask=kept)

@@ -58,7 +58,7 @@ def run(
     w = qkv.new_empty(*rows, keys)
     new = qkv.new_empty(*rows, values)
     before = qkv.new_empty(chunks, heads, keys, values)
-    precision = "ieee" if qkv.dtype == torch.float32 else "tf32"
+    precision = "tf32x3" if qkv.dtype == torch.float32 else "tf32"
     _prepare[(heads, chunks)](
         qkv, a, b, begin, end, rate, dt_bias, total, unit, w, new,
         qkv.stride(0), a.stride(0), b.stride(0), *sizes,
