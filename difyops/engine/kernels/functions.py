@@ -37,6 +37,26 @@ def wait(AHEAD: tl.constexpr):
 
 
 @triton.jit
+def block_of(begin, end, sequences, block, SIZE: tl.constexpr):
+    """Whose the block is, of packed tokens in blocks of SIZE that begin where a sequence does: the
+    row, its first token, the block's first token, and the token behind the row's last. A block of
+    nobody begins at or behind that.
+
+    Row i's blocks are those from begin[i] // SIZE + i on: below the next row's whatever its length,
+    so that no lengths are summed up.
+    """
+    rows = tl.arange(0, 128)
+    before = 0
+    for one in range(0, sequences, 128):
+        inside = one + rows < sequences
+        base = tl.load(begin + one + rows, mask=inside, other=0) // SIZE + one + rows
+        before += tl.sum((inside & (base <= block)).to(tl.int32), 0)
+    row = before - 1
+    first, last = tl.load(begin + row), tl.load(end + row)
+    return row, first, first + (block - first // SIZE - row) * SIZE, last
+
+
+@triton.jit
 def softplus(x):
     """log(1 + e^x), exact for small e^x too: log(1 + e) loses what 1 + e rounds away."""
     e = tl.exp(tl.minimum(x, 20))

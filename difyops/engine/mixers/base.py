@@ -146,15 +146,17 @@ class RecurrentMixer(Mixer):
         return self.emit(out, x)
 
     def prefill(self, x: Tensor, state: LayerState, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
-        lengths = cu_seqlens.diff()
-        positions = slots
-        if self.positional or not self.in_place:
-            within, owner = _within(cu_seqlens, len(x))
-            positions = state.lengths[slots][owner] + within
-        inputs = self.project(x, positions)
         if self.in_place:
+            positions = slots
+            if self.positional:
+                within, owner = _within(cu_seqlens, len(x))
+                positions = state.lengths[slots][owner] + within
+            inputs = self.project(x, positions)
             out = self.advance(inputs, state, slots, Spans.packed(cu_seqlens))
             return self.finish(out, inputs, x)
+        lengths = cu_seqlens.diff()
+        within, owner = _within(cu_seqlens, len(x))
+        inputs = self.project(x, state.lengths[slots][owner] + within)
         place = _places(lengths, within)
         padded = {name: _pad(tensor, place, lengths) for name, tensor in inputs.items()}
         out, carry = self.scan(padded, state.read(slots), lengths)
