@@ -228,8 +228,8 @@ class Frequencies:
 def _long(q: Tensor, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
     """Each sequence by itself, its keys and values gathered from their pages: q [N, H, Dk], of the
     tokens of each span, whose keys are stored -> [N, H, Dv]."""
-    assert spans.begin is not None and spans.end is not None
-    told = torch.stack((slots, state.lengths[slots], spans.begin, spans.end), dim=-1).tolist()
+    begin, end = spans.pointers or (slots, slots)
+    told = torch.stack((slots, state.lengths[slots], begin, end), dim=-1).tolist()
     out = q.new_zeros(*q.shape[:2], state.token["v"].shape[-1])
     for slot, before, first, last in told:
         reach = torch.arange(before + last - first, device=q.device)
