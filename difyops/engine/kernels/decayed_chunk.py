@@ -18,11 +18,11 @@ from torch import Tensor
 from difyops.engine.kernels.functions import owner, pieces_before, softplus
 from difyops.engine.kernels.spans import Spans
 
-#: Tokens of a chunk and of a segment, a multiple.
-_CHUNK, _SEGMENT = 64, 512
-#: Warps and stages of the first and of the third launch.
-_SUM, _MIX = (4, 3), (4, 2)
-_VALUES = 64
+#: Tokens of a segment; half of it where there are few, so that there are enough programs.
+_SEGMENT, _FEW = 512, 1024
+#: Tokens of a chunk, a divisor; values that a program holds the state of; warps; stages of the
+#: first and of the third launch. Mamba-2's and the others', measured on an H200.
+_STEPPED, _PLAIN = (32, 64, 4, 3, 3), (64, 128, 4, 2, 2)
 #: Numbers of the state that a program of the second launch carries.
 _BLOCK = 1024
 
@@ -101,17 +101,17 @@ def _run(
     count, heads, value_dim = v.shape
     key_dim, (begin, end) = k.shape[-1], spans.pointers or (slots, slots)
     shared, apart = max(q.shape[1] // heads, 1), heads // k.shape[1]
-    pieces = triton.cdiv(count, _SEGMENT) + len(slots)
+    chunk, tile, warps, *stages = _PLAIN if dt is None else _STEPPED
+    segment = _SEGMENT if count > _FEW else _SEGMENT // 2
+    pieces = triton.cdiv(count, segment) + len(slots)
     parts = torch.empty(pieces, heads, key_dim * value_dim, dtype=torch.float32, device=q.device)
-    norm_parts = (
-        q
-        if norms is None
-        else torch.empty(pieces, heads, key_dim, dtype=torch.float32, device=q.device)
-    )
-    totals = torch.empty(pieces, heads, dtype=torch.float32, device=q.device)
+    norm_parts = q if norms is None else parts.new_empty(pieces, heads, key_dim)
+    totals = parts.new_empty(pieces, heads)
     out = torch.empty(count, heads * shared, value_dim, dtype=q.dtype, device=q.device)
     keys = max(16, triton.next_power_of_2(key_dim))
-    values = max(16, min(triton.next_power_of_2(value_dim), _tile(keys)))
+    # What does not fit into a multiprocessor is cut smaller.
+    tile = tile * 128 // max(keys, 128) if q.dtype == torch.bfloat16 else 16
+    values = max(16, min(triton.next_power_of_2(value_dim), tile))
     grid = (pieces, heads, triton.cdiv(value_dim, values))
     decay = (
         q if dt is None else dt, q if rate is None else rate, q if bias is None else bias,
@@ -119,30 +119,25 @@ def _run(
     )  # fmt: skip
     form = dict(
         STEPPED=dt is not None, DECAYED=rate is not None, NORMED=norms is not None, ELU=elu,
-        SEGMENT=_SEGMENT, CHUNK=_CHUNK, KEYS=keys, VALUES=values,
+        SEGMENT=segment, CHUNK=chunk, KEYS=keys, VALUES=values,
     )  # fmt: skip
     _sum[grid](
         k, v, *decay, begin, end, parts, norm_parts, totals, k.stride(0), v.stride(0),
-        len(slots), apart, key_dim, value_dim, **form, num_warps=_SUM[0], num_stages=_SUM[1],
+        len(slots), apart, key_dim, value_dim, **form, num_warps=warps, num_stages=stages[0],
     )  # fmt: skip
     for part, whole in ((parts, state), (norm_parts, norms)):
         if whole is not None:
             size = whole[0, 0].numel()
             _carry[(len(slots), heads, triton.cdiv(size, _BLOCK))](
                 part, whole, totals, slots, begin, end, whole.stride(0), size,
-                DECAYED=rate is not None, SEGMENT=_SEGMENT, BLOCK=_BLOCK, num_warps=4,
+                DECAYED=rate is not None, SEGMENT=segment, BLOCK=_BLOCK, num_warps=4,
             )  # fmt: skip
     _mix[grid](
         q, k, v, *decay, begin, end, parts, norm_parts, q if skip is None else skip, out,
         q.stride(0), k.stride(0), v.stride(0), len(slots), apart, eps, key_dim, value_dim,
-        **form, SHARED=shared, SKIP=skip is not None, num_warps=_MIX[0], num_stages=_MIX[1],
+        **form, SHARED=shared, SKIP=skip is not None, num_warps=warps, num_stages=stages[1],
     )  # fmt: skip
     return out
-
-
-def _tile(keys: int) -> int:
-    """Values that a program holds the state of."""
-    return _VALUES if keys <= 256 else 32
 
 
 @triton.jit
@@ -166,6 +161,37 @@ def _decays(raw, there, speed, shift, dt_min, dt_max, STEPPED: tl.constexpr, DEC
     if DECAYED:
         since = tl.cumsum(weight * speed, 0)
     return weight, since
+
+
+@triton.jit
+def _raw(dt, t, count, dt_step, STEPPED: tl.constexpr):
+    """The time steps as they were projected, loaded a chunk before they are needed."""
+    if STEPPED:
+        return tl.load(dt + t * dt_step, mask=t < count, other=0)
+    else:
+        return 0.0
+
+
+@triton.jit
+def _shares(c, weight, since, DECAYED: tl.constexpr):
+    """What of each token of a chunk is left for each later one."""
+    later = c[:, None] >= c[None, :]
+    if DECAYED:
+        # Masked before the exponential: behind the diagonal it may be of any size.
+        between = tl.where(later, since[:, None] - since[None, :], -1e30)
+        return tl.exp(between) * weight[None, :]
+    else:
+        return tl.where(later, 1.0, 0.0)
+
+
+@triton.jit
+def _folded(s, key, value, weight, since, DECAYED: tl.constexpr):
+    """The state behind a chunk: key [KEYS, CHUNK], value [CHUNK, VALUES]."""
+    if DECAYED:
+        last = tl.min(since, 0)
+        key = (key * (weight * tl.exp(last - since))[None, :]).to(value.dtype)
+        s *= tl.exp(last)
+    return tl.dot(key, value, s, input_precision="ieee")
 
 
 @triton.jit
@@ -201,15 +227,12 @@ def _sum(
     s = tl.zeros([KEYS, VALUES], tl.float32)
     z = tl.zeros([KEYS], tl.float32)
     total = 0.0
-    raw = 0.0
-    if STEPPED:
-        raw = tl.load(dt + c * dt_step, mask=c < count, other=0)
+    raw = _raw(dt, c, count, dt_step, STEPPED)
     for n in range(0, count, CHUNK):
         t = n + c
         there = t < count
         weight, since = _decays(raw, there, speed, shift, dt_min, dt_max, STEPPED, DECAYED)
-        if STEPPED:
-            raw = tl.load(dt + (t + CHUNK) * dt_step, mask=t + CHUNK < count, other=0)
+        raw = _raw(dt, t + CHUNK, count, dt_step, STEPPED)
         inside = there[None, :] & (i < key_dim)[:, None]
         key = tl.load(k + t[None, :] * k_step + i[:, None], mask=inside, other=0)
         key = _feature(key, inside, ELU)
@@ -220,12 +243,8 @@ def _sum(
         )
         if NORMED:
             z += tl.sum(key.to(tl.float32), 1)
-        if DECAYED:
-            last = tl.min(since, 0)
-            key = (key * (weight * tl.exp(last - since))[None, :]).to(value.dtype)
-            s *= tl.exp(last)
-            total += last
-        s = tl.dot(key, value, s, input_precision="ieee")
+        total += tl.min(since, 0)
+        s = _folded(s, key, value, weight, since, DECAYED)
     base = piece * heads + head
     place = parts + base * key_dim * value_dim + _flat(i, j, key_dim, value_dim, STEPPED)
     tl.store(place, s, mask=(i < key_dim)[:, None] & (j < value_dim)[None, :])
@@ -302,17 +321,15 @@ def _mix(
     out += first * heads * SHARED * value_dim
     dt += first * dt_step + head
     speed, shift = _speed(rate, bias, head, STEPPED, DECAYED)
-    raw, through = 0.0, 0.0
+    raw = _raw(dt, c, count, dt_step, STEPPED)
+    through = 0.0
     if SKIP:
         through = tl.load(skip + head).to(tl.float32)
-    if STEPPED:
-        raw = tl.load(dt + c * dt_step, mask=c < count, other=0)
     for n in range(0, count, CHUNK):
         t = n + c
         there = t < count
         weight, since = _decays(raw, there, speed, shift, dt_min, dt_max, STEPPED, DECAYED)
-        if STEPPED:
-            raw = tl.load(dt + (t + CHUNK) * dt_step, mask=t + CHUNK < count, other=0)
+        raw = _raw(dt, t + CHUNK, count, dt_step, STEPPED)
         inside = there[None, :] & (i < key_dim)[:, None]
         key = tl.load(k + t[None, :] * k_step + i[:, None], mask=inside, other=0)
         key = _feature(key, inside, ELU)
@@ -320,11 +337,7 @@ def _mix(
         value = tl.load(v + t[:, None] * v_step + j[None, :], mask=shown, other=0)
         kind = value.dtype
         before = s.to(kind)
-        share = tl.where(c[:, None] >= c[None, :], 1.0, 0.0)
-        if DECAYED:
-            # Before the exponential: behind the diagonal it may be of any size.
-            between = tl.where(c[:, None] >= c[None, :], since[:, None] - since[None, :], -1e30)
-            share = tl.exp(between) * weight[None, :]
+        share = _shares(c, weight, since, DECAYED)
         for member in tl.static_range(SHARED):
             at = head * SHARED + member
             asked = there[:, None] & (i < key_dim)[None, :]
@@ -349,8 +362,4 @@ def _mix(
             )
         if NORMED:
             z += tl.sum(key.to(tl.float32), 1)
-        if DECAYED:
-            last = tl.min(since, 0)
-            key = (key * (weight * tl.exp(last - since))[None, :]).to(kind)
-            s *= tl.exp(last)
-        s = tl.dot(key, value, s, input_precision="ieee")
+        s = _folded(s, key, value, weight, since, DECAYED)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention.bias import causal_lower_right
 
 from difyops.engine import layers
@@ -234,18 +235,27 @@ def _long(q: Tensor, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
     for slot, before, first, last in told:
         reach = torch.arange(before + last - first, device=q.device)
         rows = state.rows(slots.new_full((), slot).expand_as(reach), reach)
-        out[first:last] = _lower_right(
-            q[first:last], state.token["k"][rows], state.token["v"][rows]
-        )
+        out[first:last] = _behind(q[first:last], state.token["k"][rows], state.token["v"][rows])
     return out
 
 
-def _lower_right(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`_causal` without a mask in memory."""
+def _behind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`_causal` where there may be much: no mask lies in memory, and the fastest library is asked.
+    That one's causal mask is square, so it reads what is earlier apart, and the two are joined by
+    the sums of their weights."""
+    earlier = len(k) - len(q)
+    if not earlier or q.dtype == torch.float32:
+        return _causal(q, k, v)
     qh, kh, vh = (t.transpose(0, 1)[None] for t in (q, k, v))
-    mask = causal_lower_right(len(q), len(k))
-    out = F.scaled_dot_product_attention(qh, kh, vh, attn_mask=mask, enable_gqa=True)
-    return out[0].transpose(0, 1)
+    if not can_use_cudnn_attention(SDPAParams(qh, kh, vh, None, 0.0, False, True)):
+        mask = causal_lower_right(len(q), len(k))
+        out = F.scaled_dot_product_attention(qh, kh, vh, attn_mask=mask, enable_gqa=True)
+        return out[0].transpose(0, 1)
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    old, before = attend(qh, kh[:, :, :earlier], vh[:, :, :earlier], None, True, 0.0, False)[:2]
+    new, among = attend(qh, kh[:, :, earlier:], vh[:, :, earlier:], None, True, 0.0, True)[:2]
+    share = torch.sigmoid(among - before).view(*new.shape[:3], 1)
+    return torch.lerp(old.float(), new.float(), share)[0].transpose(0, 1).to(q.dtype)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
