@@ -157,7 +157,7 @@ def test_prompts_of_several_segments(name: str, monkeypatch: pytest.MonkeyPatch)
         twin.states_agree()
 
 
-@pytest.mark.parametrize("name", ["mamba2", "norm-grouped", "softmax-rotary-normed"])
+@pytest.mark.parametrize("name", ["mamba2", "softmax-rotary-normed"])
 def test_what_pads_a_prompt_changes_nothing(name: str) -> None:
     twin = Twin(*KINDS[name])
     twin.prefill({2: 1, 6: 3})

@@ -53,7 +53,6 @@ class HeadMixer(RecurrentMixer):
         self.k_proj = nn.Linear(width, self.kv_heads * o.head_dim, bias=False)
         self.v_proj = nn.Linear(width, self.kv_heads * self.value_dim, bias=False)
         self.o_proj = nn.Linear(o.heads * self.value_dim, width, bias=False)
-        self.positional = o.rotary_dim > 0
         self.frequencies = Frequencies(layers.inverse_frequencies(o.rotary_dim, o.rope_theta))
 
     def project(self, x: Tensor, positions: Tensor) -> Inputs:
