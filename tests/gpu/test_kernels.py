@@ -23,6 +23,8 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and Triton's interpreter is not asked for", allow_module_level=True)
 pytest.importorskip("triton")
 
+from difyops.engine.kernels import attention, decayed_chunk
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH = 24
 LENGTHS = {2: 1, 6: 15, 1: 63, 3: 64, 5: 65, 4: 300}
@@ -224,6 +226,42 @@ def test_the_delta_rule_in_chunks(how: str, dtype: torch.dtype, within: float) -
             gate = z[span].double().view(-1, heads, values)
             close(got[span].view_as(gate), norm(out, gate), within)
     assert not state[0].any()
+
+
+@pytest.mark.parametrize("name", ["mamba2-grouped-limited", "linear-grouped-rotary", "norm-grouped",
+                                  "retention-grouped"])  # fmt: skip
+def test_prompts_of_several_segments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decayed_chunk, "_SEGMENT", 64)
+    twin = Twin(*KINDS[name])
+    for lengths in ({2: 1, 6: 15, 1: 130, 5: 65}, {1: 64, 4: 129, 2: 1}):
+        wanted, got = twin.prefill(lengths)
+        close(got, wanted)
+        twin.states_agree()
+
+
+@pytest.mark.parametrize("name", ["mamba2", "softmax-rotary-normed"])
+def test_what_pads_a_prompt_changes_nothing(name: str) -> None:
+    twin = Twin(*KINDS[name])
+    twin.prefill({2: 1, 6: 3})
+    mixer, pool = twin.mixers[1], twin.pools[1]
+    slots, bounds = (torch.tensor(t, device=DEVICE) for t in ([6, 2, 0, 0], [0, 70, 75, 75, 75]))
+    x = random(81, WIDTH).float()
+    before = {name: state.clone() for name, state in pool.layers[0].token.items()}
+    got = mixer.prefill(x, pool.layers[0], slots, bounds)
+    for name, state in pool.layers[0].token.items():
+        changed = (state != before[name]).flatten(1).any(1)
+        assert int(changed.sum()) == 75
+    wanted = twin.mixers[0].prefill(x[:75].double(), twin.pools[0].layers[0], slots[:2], bounds[:3])
+    close(got[:75], wanted)
+    twin.states_agree()
+
+
+def test_long_prompts_go_on_behind_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SHORT", 8)
+    twin = Twin(*KINDS["softmax-rotary-normed"])
+    for lengths in ({2: 9, 6: 3, 1: 20}, {1: 7, 4: 30, 2: 1}):
+        wanted, got = twin.prefill(lengths)
+        close(got, wanted)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

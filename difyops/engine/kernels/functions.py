@@ -63,3 +63,32 @@ def softplus(x):
     u = 1 + e
     small = tl.where(u == 1, e, tl.log(u) * e / tl.where(u == 1, 1, u - 1))
     return tl.where(x > 20, x, small)
+
+
+@triton.jit
+def owner(begin, end, sequences, piece, SIZE: tl.constexpr):
+    """Each sequence is cut into pieces of SIZE tokens: whose this one is, and which of its own;
+    `sequences` where it is nobody's."""
+    row, before, total = sequences * 0, piece * 0, piece * 0
+    for start in range(0, sequences, 128):
+        at = start + tl.arange(0, 128)
+        inside = at < sequences
+        length = tl.load(end + at, mask=inside, other=0) - tl.load(begin + at, mask=inside, other=0)
+        behind = total + tl.cumsum(tl.cdiv(length, SIZE), 0)
+        passed = inside & (behind <= piece)
+        row += tl.sum(passed.to(tl.int32), 0)
+        before = tl.maximum(before, tl.max(tl.where(passed, behind, 0), 0))
+        total = tl.max(behind, 0)
+    return row, piece - before
+
+
+@triton.jit
+def pieces_before(begin, end, row, SIZE: tl.constexpr):
+    """How many pieces of SIZE tokens lie before a sequence's first."""
+    total = row * 0
+    for start in range(0, row, 128):
+        at = start + tl.arange(0, 128)
+        inside = at < row
+        length = tl.load(end + at, mask=inside, other=0) - tl.load(begin + at, mask=inside, other=0)
+        total += tl.sum(tl.cdiv(length, SIZE), 0)
+    return total
