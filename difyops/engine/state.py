@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from difyops.engine.slots import Lease, SlotTable
+from difyops.engine.transfer import sent
 
 #: Tokens of one page.
 PAGE_SIZE = 16
@@ -22,15 +23,21 @@ PAGE_SIZE = 16
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a layer's state, without its leading slot or token dimension."""
+    """One tensor of a layer's state, without its leading slot or token dimension. `stored`: what it
+    lies in, where that is not what it is computed in."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     fill: float = 0.0  # what an empty slot holds
+    stored: torch.dtype | None = None
+
+    @property
+    def kept_in(self) -> torch.dtype:
+        return self.stored or self.dtype
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.kept_in.itemsize
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,15 @@ class StateSpec:
     def replay_bytes(self) -> int:
         return sum(spec.bytes for spec in self.replay.values())
 
+    def stored_in(self, dtype: torch.dtype) -> StateSpec:
+        """The same with what makes up the bytes, a matrix for each head, in `dtype`. Sums and
+        maxima beside it keep theirs: they are few, and what is divided by."""
+        slot = {
+            name: replace(spec, stored=dtype) if len(spec.shape) > 2 else spec
+            for name, spec in self.slot.items()
+        }
+        return replace(self, slot=slot)
+
 
 class LayerState:
     """One layer's view of the pool. Mixers read and write it by slot, never by request.
@@ -72,7 +88,9 @@ class LayerState:
         lengths: Tensor,
         table: Tensor,
         page_size: int,
+        spec: StateSpec,
     ) -> None:
+        self.spec = spec
         self.slot = slot  # name -> [slots + 1, …]
         self.token = token  # name -> [(pages + 1) * page_size, …]
         self.replay = replay  # name -> [slots + 1, window, …]
@@ -81,8 +99,11 @@ class LayerState:
         self.page_size = page_size
 
     def read(self, slots: Tensor) -> dict[str, Tensor]:
-        """A copy of the state of `slots` ([B]), each tensor [B, …]."""
-        return {name: tensor.index_select(0, slots) for name, tensor in self.slot.items()}
+        """A copy of the state of `slots` ([B]), each [B, …], in what it is computed in."""
+        return {
+            name: tensor.index_select(0, slots).to(self.spec.slot[name].dtype)
+            for name, tensor in self.slot.items()
+        }
 
     def write(self, slots: Tensor, carry: Mapping[str, Tensor]) -> None:
         """The state of `slots` ([B]) becomes `carry`."""
@@ -164,6 +185,8 @@ class StatePool:
             pages = slots * per_slot
         self.table = SlotTable(slots, pages if paged else 0, page_size)
         self._page_rows = torch.zeros(slots + 1, per_slot, dtype=torch.int64, device=device)
+        #: What the page rows hold, without the zeros behind.
+        self._written: list[Sequence[int]] = [()] * (slots + 1)
         self._slot_tensors: list[tuple[TensorSpec, Tensor]] = []
         self._token_tensors: list[Tensor] = []
         self._replay_tensors: list[Tensor] = []
@@ -200,6 +223,7 @@ class StatePool:
                     lengths,
                     self._page_rows,
                     size,
+                    kind,
                 )
         return Track([layer for layer in layers if layer is not None], lengths)
 
@@ -237,22 +261,31 @@ class StatePool:
                 tensor[:, slot] = spec.fill
             for track in (self.main, *self.drafting):
                 track.lengths[slot] = 0
-        if self.table.moved:
-            slots, width = sorted(self.table.moved), self._page_rows.shape[1]
-            rows = [self.table.pages_of(slot) for slot in slots]
-            padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-            self._page_rows[slots] = padded.to(self._page_rows.device)
+        changed = [place for slot in self.table.moved for place in self._rewritten(slot)]
+        if changed:
+            slots, places, pages = sent(changed, self._page_rows.device).T
+            self._page_rows[slots, places] = pages
         self.table.fresh.clear()
         self.table.moved.clear()
+
+    def _rewritten(self, slot: int) -> list[tuple[int, int, int]]:
+        """(slot, place, page) of what its page row is to hold and does not yet."""
+        before, now = self._written[slot], tuple(self.table.pages_of(slot))
+        self._written[slot] = now
+        same = len(before) if now[: len(before)] == before else 0
+        pages = (*now[same:], *[0] * (len(before) - len(now)))
+        return [(slot, place, page) for place, page in enumerate(pages, same)]
 
     def advance(self, slots: Tensor, tokens: Tensor) -> None:
         """The model's layers have folded `tokens` ([B]) more tokens into `slots` ([B])."""
         self.main.advance(slots, tokens)
 
-    def snapshot(self, slot: int) -> Snapshot:
-        """The state of `slot` now. It keeps pages until it is dropped."""
+    def snapshot(self, slot: int, length: int | None = None) -> Snapshot:
+        """The state of `slot` now. It keeps pages until it is dropped. Whoever knows its `length`
+        spares a wait for the GPU."""
         self.sync()
-        length = int(self.lengths[slot])
+        if length is None:
+            length = int(self.lengths[slot])
         drafted = tuple(int(track.lengths[slot]) for track in self.drafting)
         # What drafts has read less than the model, and writes its rows of the rest later.
         lease = self.table.lease(slot, length, min((length, *drafted)))
@@ -301,9 +334,9 @@ def _filled(shape: tuple[int, ...], spec: TensorSpec, device: torch.device | str
     if torch.device(device).type == "cpu" and not spec.fill:
         # Zeros that the system hands out when they are first touched: a pool for full contexts
         # costs memory, and time at the start, only as sequences fill it.
-        raw = np.zeros(math.prod(shape) * spec.dtype.itemsize, dtype=np.uint8)
-        return torch.from_numpy(raw).view(spec.dtype).view(shape)
-    return torch.full(shape, spec.fill, dtype=spec.dtype, device=device)
+        raw = np.zeros(math.prod(shape) * spec.kept_in.itemsize, dtype=np.uint8)
+        return torch.from_numpy(raw).view(spec.kept_in).view(shape)
+    return torch.full(shape, spec.fill, dtype=spec.kept_in, device=device)
 
 
 def _distinct(specs: Sequence[StateSpec]) -> list[StateSpec]:

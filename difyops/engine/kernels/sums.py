@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from difyops.engine.kernels import decayed_chunk
 from difyops.engine.kernels.functions import ahead, wait
 from difyops.engine.kernels.spans import Spans
 
@@ -34,11 +35,15 @@ def run(
 ) -> Tensor:
     """mixers.sums.recur for each token of each span: q [N, H, Dk], k [N, Hkv, Dk], v [N, Hkv, Dv],
     each dense but for the stride of its rows; state [slots + 1, Hkv, Dk, Dv], slots [B] ->
-    [N, H, Dv], in `dtype`.
+    [N, H, Dv], in `dtype`, or in q's where it is read chunk by chunk (decayed_chunk.py).
 
     With `norms` ([slots + 1, Hkv, Dk], the sums of k) the output is divided by q · norms + eps;
     with `elu` q and k are taken through elu(x) + 1 first. `log_decay`: [Hkv].
     """
+    if decayed_chunk.pays(spans, len(q)):
+        return decayed_chunk.run(
+            q, k, v, state, slots, spans, log_decay=log_decay, norms=norms, eps=eps, elu=elu
+        )
     heads, key_dim, value_dim = state.shape[1:]
     out = torch.empty(*q.shape[:2], value_dim, dtype=dtype, device=q.device)
     tile, warps = _STEP if spans.short else _PROMPT

@@ -45,6 +45,11 @@ class Mixer(Residual, ABC):
     #: Whether, once fused, it can take its block's norm in (see layers.Residual).
     residual = False
 
+    @property
+    def graphable_prefill(self) -> bool:
+        """The same of `prefill`, of a few hundred tokens."""
+        return False
+
     @abstractmethod
     def state_spec(self) -> StateSpec:
         """What a sequence keeps. Called once the parameters have their dtype."""
@@ -116,6 +121,10 @@ class RecurrentMixer(Mixer):
         """Whether `advance` is there: kernels that read and write the state where it lies."""
         return False
 
+    @property
+    def graphable_prefill(self) -> bool:
+        return self.in_place
+
     def advance(self, inputs: Inputs, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
         """recur for each token of each span: inputs [N, …], slots [B] -> out [N, …]."""
         raise NotImplementedError
@@ -159,15 +168,17 @@ class RecurrentMixer(Mixer):
         return self.emit(out, x)
 
     def prefill(self, x: Tensor, state: LayerState, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
-        lengths = cu_seqlens.diff()
-        positions = slots
-        if self.positional or not self.in_place:
-            within = _within(cu_seqlens, lengths, len(x))
-            positions = state.lengths[slots].repeat_interleave(lengths, output_size=len(x)) + within
-        inputs = self.project(x, positions)
         if self.in_place:
+            positions = slots
+            if self.positional:
+                within, owner = _within(cu_seqlens, len(x))
+                positions = state.lengths[slots][owner] + within
+            inputs = self.project(x, positions)
             out = self.advance(inputs, state, slots, Spans.packed(cu_seqlens))
             return self.finish(out, inputs, x)
+        lengths = cu_seqlens.diff()
+        within, owner = _within(cu_seqlens, len(x))
+        inputs = self.project(x, state.lengths[slots][owner] + within)
         place = _places(lengths, within)
         padded = {name: _pad(tensor, place, lengths) for name, tensor in inputs.items()}
         out, carry = self.scan(padded, state.read(slots), lengths)
@@ -223,10 +234,13 @@ def within_length(lengths: Tensor, count: int) -> Tensor:
     return torch.arange(count, device=lengths.device) < lengths[:, None]
 
 
-def _within(cu_seqlens: Tensor, lengths: Tensor, count: int) -> Tensor:
-    """Each of `count` packed tokens' index in its own sequence: [N]."""
+def _within(cu_seqlens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Each of `count` packed tokens' index in its own sequence, and which one that is: [N] each.
+    Tokens behind the last bound, which are nobody's, count as the last sequence's."""
     total = torch.arange(count, device=cu_seqlens.device)
-    return total - cu_seqlens[:-1].repeat_interleave(lengths, output_size=count)
+    owner = torch.searchsorted(cu_seqlens[1:].contiguous(), total, right=True)
+    owner = owner.clamp_max(len(cu_seqlens) - 2)
+    return total - cu_seqlens[owner], owner
 
 
 def _places(lengths: Tensor, within: Tensor) -> Tensor:

@@ -126,19 +126,19 @@ class GatedDelta(RecurrentMixer):
         return self.fused
 
     def advance(self, inputs: Inputs, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
-        from difyops.engine.kernels import gated_delta as kernel
+        from difyops.engine.kernels import gated_delta, gated_delta_chunk, norm
 
+        o, z = self.options, inputs.get("z")  # a commit's inputs have none: nothing is put out
         qkv = self.conv1d.advance(inputs["qkv"], state.slot["tail"], slots, spans)
-        return kernel.run(
-            qkv, inputs["a"], inputs["b"], state.slot["S"], slots, spans, self.A_log, self.dt_bias,
-            self.options.key_heads,
-        )  # fmt: skip
+        rest = inputs["a"], inputs["b"], state.slot["S"], slots, spans
+        rates = self.A_log, self.dt_bias, o.key_heads
+        weight, eps = self.norm.weight, self.norm.eps
+        if z is not None and gated_delta_chunk.pays(spans, len(qkv)):
+            return gated_delta_chunk.run(qkv, *rest, *rates, z, weight, eps)
+        out = gated_delta.run(qkv, *rest, *rates)
+        return out if z is None else norm.gated_norm(out, z, weight, eps, o.value_heads, False)
 
     def finish(self, out: Tensor, inputs: Inputs, x: Tensor) -> Tensor:
-        from difyops.engine.kernels.norm import gated_norm
-
-        heads, norm = self.options.value_heads, self.norm
-        out = gated_norm(out, inputs["z"], norm.weight, norm.eps, heads, norm.gate_first)
         return self._out(out, x)
 
     def _out(self, normed: Tensor, x: Tensor) -> Tensor:

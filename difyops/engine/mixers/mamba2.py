@@ -116,11 +116,12 @@ class Mamba2(RecurrentMixer):
         return self.fused
 
     def advance(self, inputs: Inputs, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
-        from difyops.engine.kernels import mamba2 as kernel
+        from difyops.engine.kernels import decayed_chunk, mamba2
 
         o = self.options
         xbc = self.conv1d.advance(inputs["xBC"], state.slot["tail"], slots, spans)
-        return kernel.run(
+        run = decayed_chunk.ssd if decayed_chunk.pays(spans, len(xbc)) else mamba2.run
+        return run(
             xbc, inputs["dt"], state.slot["h"], slots, spans, self.A_log, self.dt_bias, self.D,
             o.groups, o.dt_min, o.dt_max,
         )  # fmt: skip
