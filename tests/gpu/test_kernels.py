@@ -23,10 +23,13 @@ from tests.engine import gates
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and Triton's interpreter is not asked for", allow_module_level=True)
 pytest.importorskip("triton")
-choice = pytest.importorskip("difyops.engine.kernels.choice")
-product = pytest.importorskip("difyops.engine.kernels.product")
 
-from difyops.engine.kernels import attention, decayed_chunk
+from difyops.engine.kernels import (
+    attention,
+    choice,
+    decayed_chunk,
+    product,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH = 24
