@@ -13,7 +13,7 @@ from difyops.engine.kernels.spans import Spans
 #: Channels of a program of a step.
 _BLOCK = 256
 #: Tokens and channels of a program of several tokens, and its warps.
-_TOKENS, _CHANNELS, _WARPS = 16, 256, 4
+_TOKENS, _CHANNELS, _WARPS = 16, 128, 1
 
 
 def run(
@@ -105,24 +105,29 @@ def _many(
     inside = at < channels
     slot = tl.load(slots + row)
     seen = tail + slot * tail_step + at * (WIDTH - 1)
-    token = start + tl.arange(0, TOKENS)
-    here = inside[None, :] & (token < last)[:, None]
-    total = tl.zeros([TOKENS, CHANNELS], tl.float32)
+    shift = tl.zeros([CHANNELS], tl.float32)
     if BIASED:
-        total += tl.load(bias + at, mask=inside, other=0).to(tl.float32)[None, :]
+        shift += tl.load(bias + at, mask=inside, other=0).to(tl.float32)
+    taps, window = (), ()
     for back in tl.static_range(WIDTH):
-        source = token - (WIDTH - 1) + back
-        ours = (source >= first)[:, None]
-        new = tl.load(x + (source * x_step)[:, None] + at[None, :], mask=here & ours, other=0)
-        new = new.to(tl.float32)
-        if start == first:
-            kept = tl.maximum(WIDTH - 1 + source - first, 0)[:, None]
-            old = tl.load(seen[None, :] + kept, mask=here & (source < first)[:, None], other=0)
-            new += old.to(tl.float32)
-        tap = tl.load(weight + at * WIDTH + back, mask=inside, other=0).to(tl.float32)
-        total += tap[None, :] * new
-    done = (total * tl.sigmoid(total)).to(out.dtype.element_ty)
-    tl.store(out + (token * channels)[:, None] + at[None, :], done, mask=here)
+        tap = tl.load(weight + at * WIDTH + back, mask=inside, other=0)
+        taps += (tap.to(tl.float32),)
+    for back in tl.static_range(WIDTH - 1):
+        behind = start - first + back  # the place in tail and tokens, one behind the other
+        old = tl.load(seen + behind, mask=inside & (behind < WIDTH - 1), other=0)
+        place = x + (start - (WIDTH - 1) + back) * x_step + at
+        new = tl.load(place, mask=inside & (behind >= WIDTH - 1), other=0)
+        window += (tl.where(behind < WIDTH - 1, old, new),)
+    for step in tl.static_range(TOKENS):
+        here = inside & (start + step < last)
+        window += (tl.load(x + (start + step) * x_step + at, mask=here, other=0),)
+    for step in tl.static_range(TOKENS):
+        here = inside & (start + step < last)
+        total = shift
+        for back in tl.static_range(WIDTH):
+            total += taps[back] * window[step + back].to(tl.float32)
+        done = (total * tl.sigmoid(total)).to(out.dtype.element_ty)
+        tl.store(out + (start + step) * channels + at, done, mask=here)
     if KEPT and start == first:
         tl.debug_barrier()  # every thread has read the tail
         _move(x + at, seen, x_step, first, last, inside, inside & (slot > 0), WIDTH)

@@ -18,11 +18,15 @@ from difyops.engine.kernels.spans import Spans
 #: Tokens of a chunk.
 _CHUNK = tl.constexpr(64)
 #: Up to so many tokens for each sequence, token by token is faster.
-_FEW = 32
-#: Warps of what is parallel over the chunks.
-_PREPARE, _READ = 4, 4
-#: Of what is serial: values that one program holds the state of, its warps, chunks loaded ahead.
-_CARRY = (32, 4, 2)
+_FEW = 24
+#: Keys and values are filled up to it: bf16 products of 16 or 32 values go wrong in _read (Triton
+#: 3.6 on an H200: illegal memory accesses, numbers that are none).
+_LEAST = 64
+#: Warps of what is parallel over the chunks, and registers of a thread: more programs at a time.
+_PREPARE, _READ = {"num_warps": 4, "maxnreg": 168}, {"num_warps": 4}
+#: Of what is serial: values that one program holds the state of, its warps, chunks loaded ahead;
+#: with few heads of few sequences there must be many programs.
+_CARRY_FEW, _CARRY_MANY, _MANY = (16, 4, 3), (64, 4, 2), 64
 
 
 def pays(spans: Spans, tokens: int) -> bool:
@@ -47,8 +51,7 @@ def run(
     """What gated_delta.run and then norm.gated_norm answer, for packed spans: z [N, Hv * Dv] with
     rows of any stride, `norm` [Dv] -> [N, Hv * Dv] in z's dtype."""
     heads, key_dim, value_dim = state.shape[1:]
-    keys = max(16, triton.next_power_of_2(key_dim))
-    values = max(16, triton.next_power_of_2(value_dim))
+    keys, values = (max(_LEAST, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
     chunks = spans.blocks(len(qkv), _CHUNK.value)
     begin, end = spans.begin, spans.end
     sizes = (len(slots), heads // key_heads, key_heads * key_dim, key_dim, value_dim)
@@ -62,9 +65,10 @@ def run(
     _prepare[(heads, chunks)](
         qkv, a, b, begin, end, rate, dt_bias, total, unit, w, new,
         qkv.stride(0), a.stride(0), b.stride(0), *sizes,
-        KEYS=keys, VALUES=values, PRECISION=precision, num_warps=_PREPARE,
+        KEYS=keys, VALUES=values, PRECISION=precision, **_PREPARE,
     )  # fmt: skip
-    tile, warps, stages = _CARRY
+    many = len(slots) * heads >= _MANY
+    tile, warps, stages = _CARRY_MANY if many else _CARRY_FEW
     tile = min(tile, values)
     _carry[(triton.cdiv(value_dim, tile), heads, len(slots))](
         qkv, total, unit, w, new, before, state, slots, begin, end,
@@ -75,7 +79,7 @@ def run(
     _read[(heads, chunks)](
         qkv, z, total, unit, new, before, norm, begin, end, out,
         qkv.stride(0), z.stride(0), eps, *sizes,
-        KEYS=keys, VALUES=values, PRECISION=precision, num_warps=_READ,
+        KEYS=keys, VALUES=values, PRECISION=precision, **_READ,
     )  # fmt: skip
     return out
 
