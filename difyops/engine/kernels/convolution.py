@@ -111,16 +111,16 @@ def _many(
     taps, window = (), ()
     for back in tl.static_range(WIDTH):
         tap = tl.load(weight + at * WIDTH + back, mask=inside, other=0)
-        taps += (tap.to(tl.float32),)
+        taps += (tap.to(tl.float32),)  # type: ignore[assignment]
     for back in tl.static_range(WIDTH - 1):
         behind = start - first + back  # the place in tail and tokens, one behind the other
         old = tl.load(seen + behind, mask=inside & (behind < WIDTH - 1), other=0)
         place = x + (start - (WIDTH - 1) + back) * x_step + at
         new = tl.load(place, mask=inside & (behind >= WIDTH - 1), other=0)
-        window += (tl.where(behind < WIDTH - 1, old, new),)
+        window += (tl.where(behind < WIDTH - 1, old, new),)  # type: ignore[assignment]
     for step in tl.static_range(TOKENS):
         here = inside & (start + step < last)
-        window += (tl.load(x + (start + step) * x_step + at, mask=here, other=0),)
+        window += (tl.load(x + (start + step) * x_step + at, mask=here, other=0),)  # type: ignore[assignment]
     for step in tl.static_range(TOKENS):
         here = inside & (start + step < last)
         total = shift
