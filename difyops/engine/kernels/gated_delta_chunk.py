@@ -214,9 +214,16 @@ def _read(
     earlier = i[:, None] >= i[None, :]
     shares = tl.dot(q, k, input_precision=PRECISION) * size[None, :]
     shares = tl.where(earlier, shares * _decay(since, earlier), 0)
-    s = tl.load(before + (block * KEYS + d)[:, None] * VALUES + j[None, :])
+    # No program of _carry wrote what is behind the last value.
+    s = tl.load(
+        before + (block * KEYS + d)[:, None] * VALUES + j[None, :],
+        mask=(j < value_dim)[None, :],
+        other=0,
+    )
     mixed = tl.dot(q, s, input_precision=PRECISION) * tl.exp(since)[:, None]
-    added = tl.load(new + here[:, None] * VALUES + j[None, :])
+    added = tl.load(
+        new + here[:, None] * VALUES + j[None, :], mask=(j < value_dim)[None, :], other=0
+    )
     mixed += tl.dot(shares.to(added.dtype), added, input_precision=PRECISION)
     mixed *= (_unit(q) * tl.rsqrt(key_dim.to(tl.float32)))[:, None]
 
