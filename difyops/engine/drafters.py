@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from difyops.engine.models.decoder import Decoder, Run
+from difyops.engine.models.decoder import Block, Decoder, Run
 from difyops.engine.models.mtp import MedusaHead, MultiTokenPrediction, modules
-from difyops.engine.request import Request
-from difyops.engine.speculate import Drafter, PromptLookup, Read
+from difyops.engine.speculate import Drafter, OnDevice, PromptLookup, Read
 from difyops.engine.state import StatePool, StateSpec, TensorSpec, Track
 from difyops.errors import UsageError
 
@@ -18,7 +17,7 @@ from difyops.errors import UsageError
 MOST = 4
 
 
-class Mtp(Drafter):
+class Mtp(OnDevice):
     """Multi-token prediction: guess d comes from the module of depth d, and those beyond the last
     depth from the last module again (see MultiTokenPrediction).
 
@@ -32,6 +31,7 @@ class Mtp(Drafter):
 
     def __init__(self, model: Decoder, modules: Sequence[MultiTokenPrediction]) -> None:
         self.most = max(MOST, len(modules))
+        self.depth = len(modules)
         self._model = model
         self._modules = modules
 
@@ -40,6 +40,9 @@ class Mtp(Drafter):
             [*(block.mixer.state_spec() for block in module.blocks), _hidden_spec(self._model)]
             for module in self._modules
         ]
+
+    def blocks(self) -> list[Block]:
+        return [block for module in self._modules for block in module.blocks]
 
     def read(self, read: Read, pool: StatePool) -> None:
         first, last = read.cu_seqlens[:-1], read.cu_seqlens[1:] - 1
@@ -66,7 +69,23 @@ class Mtp(Drafter):
             hidden = torch.zeros_like(before)
             hidden[paired] = made
 
-    def draft(self, requests: Sequence[Request], slots: Tensor, pool: StatePool, k: int) -> Tensor:
+    def follow(
+        self, window: Tensor, hidden: Tensor, accepted: Tensor, slots: Tensor, pool: StatePool
+    ) -> None:
+        before = pool.lengths[slots] - accepted
+        for depth, track in enumerate(pool.drafting, 1):
+            kept = _kept(track)
+            earlier = torch.cat((kept[slots][:, None], hidden[:, :-1]), dim=1)
+            kept[slots] = _last(hidden, accepted)
+            hidden = self._run(
+                depth, track, window, earlier, lambda mixer, x, state: mixer.verify(x, state, slots)
+            )
+            counts = accepted * (before >= depth)
+            for block, state in zip(self._modules[depth - 1].blocks, track.layers, strict=False):
+                block.mixer.commit(state, slots, counts)
+            track.advance(slots, counts)
+
+    def guess(self, last: Tensor, slots: Tensor, pool: StatePool, k: int) -> Tensor:
         kept = [_kept(track)[slots][:, None] for track in pool.drafting]
         hidden = kept[0]
 
@@ -84,7 +103,7 @@ class Mtp(Drafter):
             hidden = torch.cat(parts, dim=1)
             return self._model.logits(made[:, -1])
 
-        return _chained(requests, slots, k, guess)
+        return _chained(last, k, guess)
 
     def _run(self, depth: int, track: Track, tokens: Tensor, hidden: Tensor, run: Run) -> Tensor:
         made: Tensor = self._modules[depth - 1](
@@ -93,7 +112,7 @@ class Mtp(Drafter):
         return made
 
 
-class Medusa(Drafter):
+class Medusa(OnDevice):
     """A head for each place ahead, all from the last hidden state alone."""
 
     name = "medusa"
@@ -111,14 +130,21 @@ class Medusa(Drafter):
         _kept(track)[read.slots] = read.hidden[read.cu_seqlens[1:] - 1]
         track.advance(read.slots, read.cu_seqlens.diff())
 
-    def draft(self, requests: Sequence[Request], slots: Tensor, pool: StatePool, k: int) -> Tensor:
+    def follow(
+        self, window: Tensor, hidden: Tensor, accepted: Tensor, slots: Tensor, pool: StatePool
+    ) -> None:
+        (track,) = pool.drafting
+        _kept(track)[slots] = _last(hidden, accepted)
+        track.advance(slots, accepted)
+
+    def guess(self, last: Tensor, slots: Tensor, pool: StatePool, k: int) -> Tensor:
         # The hidden state is that before the last token: head i looks i + 1 tokens past it.
         (track,) = pool.drafting
         hidden = _kept(track)[slots]
         return torch.stack([head(hidden).argmax(-1) for head in self._heads[:k]], dim=1)
 
 
-class DraftModel(Drafter):
+class DraftModel(OnDevice):
     """A smaller model with the same tokens. Its state is as far as the model's."""
 
     name = "draft"
@@ -137,30 +163,82 @@ class DraftModel(Drafter):
     def tracks(self) -> list[list[StateSpec]]:
         return [self._small.state_specs()]
 
+    def blocks(self) -> list[Block]:
+        return list(self._small.blocks)
+
     def read(self, read: Read, pool: StatePool) -> None:
         (track,) = pool.drafting
         self._small.prefill(read.tokens, track, read.slots, read.cu_seqlens)
 
-    def draft(self, requests: Sequence[Request], slots: Tensor, pool: StatePool, k: int) -> Tensor:
+    def follow(
+        self, window: Tensor, hidden: Tensor, accepted: Tensor, slots: Tensor, pool: StatePool
+    ) -> None:
+        (track,) = pool.drafting
+        self._small.verify(window, track, slots)
+        self._small.commit(track, slots, accepted)
+
+    def guess(self, last: Tensor, slots: Tensor, pool: StatePool, k: int) -> Tensor:
         (track,) = pool.drafting
 
         def guess(tokens: Tensor) -> Tensor:
             return self._small.logits(self._small.verify(tokens, track, slots)[:, -1])
 
-        return _chained(requests, slots, k, guess)
+        return _chained(last, k, guess)
 
 
-def _chained(
-    requests: Sequence[Request], slots: Tensor, k: int, guess: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The likeliest continuation, a token at a time: `guess` makes logits [B, V] of the tokens
-    from the last known one on, [B, j]. The window grows and is read anew each time: what drafts
-    then needs no state but the one that is there."""
-    last = [request.tokens[-1] for request in requests]
-    tokens = torch.tensor(last, dtype=torch.int64, device=slots.device)[:, None]
+class SyntheticAcceptance(OnDevice):
+    """For measuring only: `drafter` at its full cost, but each guess is taken for right with
+    probability `rate`. The tokens are then the model's own, read behind wrong ones: the answer is
+    nonsense, and takes as long as one whose guesses come true so often.
+    """
+
+    #: Draws that are made beforehand, for each place; a pass takes the next ones.
+    _DRAWS = 1 << 16
+
+    def __init__(self, drafter: OnDevice, rate: float, seed: int, device: torch.device) -> None:
+        self.name, self.most, self.depth = f"synthetic {rate}", drafter.most, drafter.depth
+        self._drafter = drafter
+        dice = torch.Generator().manual_seed(seed)
+        draws = torch.rand(self._DRAWS, drafter.most, generator=dice) < rate
+        self._draws, self._next = draws.to(device), torch.zeros((), dtype=torch.int64).to(device)
+
+    def tracks(self) -> list[list[StateSpec]]:
+        return self._drafter.tracks()
+
+    def blocks(self) -> Sequence[Block]:
+        return self._drafter.blocks()
+
+    def read(self, read: Read, pool: StatePool) -> None:
+        self._drafter.read(read, pool)
+
+    def guess(self, last: Tensor, slots: Tensor, pool: StatePool, k: int) -> Tensor:
+        return self._drafter.guess(last, slots, pool, k)
+
+    def follow(
+        self, window: Tensor, hidden: Tensor, accepted: Tensor, slots: Tensor, pool: StatePool
+    ) -> None:
+        self._drafter.follow(window, hidden, accepted, slots, pool)
+
+    def judged(self, guesses: Tensor, best: Tensor) -> Tensor:
+        rows = torch.arange(len(best), device=best.device) + self._next
+        self._next += len(best)
+        return torch.where(self._draws[rows % self._DRAWS, : best.shape[1]], best, -1)
+
+
+def _chained(last: Tensor, k: int, guess: Callable[[Tensor], Tensor]) -> Tensor:
+    """The likeliest continuation of `last` [B], a token at a time: `guess` makes logits [B, V] of
+    the tokens from the last known one on, [B, j]. The window grows and is read anew each time: what
+    drafts then needs no state but the one that is there."""
+    tokens = last[:, None]
     for _ in range(k):
         tokens = torch.cat((tokens, guess(tokens).argmax(-1, keepdim=True)), dim=1)
     return tokens[:, 1:]
+
+
+def _last(hidden: Tensor, accepted: Tensor) -> Tensor:
+    """The last accepted place of each row: [B, K, width] -> [B, width]."""
+    rows = torch.arange(len(hidden), device=hidden.device)
+    return hidden[rows, (accepted - 1).clamp_min(0)]
 
 
 def _folding(slots: Tensor, counts: Tensor) -> Run:

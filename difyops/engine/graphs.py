@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from difyops.engine.models.decoder import Decoder
+from difyops.engine.speculate import OnDevice
 from difyops.engine.state import StatePool
 
 #: What `Stepped.best` says of scores that are no numbers.
@@ -43,6 +44,9 @@ class Stepped:
 class Steps(Protocol):
     """What runs a model's plain step."""
 
+    #: Whether what drafts has read along.
+    drafted: bool
+
     def run(self, tokens: Sequence[int], slots: Sequence[int]) -> Stepped:
         """One token each: the states of `slots` move on, and their lengths."""
         ...
@@ -50,6 +54,8 @@ class Steps(Protocol):
 
 class Eager:
     """Kernel by kernel, on any device."""
+
+    drafted = False
 
     def __init__(self, model: Decoder, pool: StatePool) -> None:
         self._model = model
@@ -73,12 +79,23 @@ def possible(model: Decoder) -> bool:
     return on_gpu and all(block.mixer.graphable for block in model.blocks)
 
 
+def best(logits: Tensor) -> Tensor:
+    """The largest logit's token of each row, or BROKEN: [R, V] -> [R]."""
+    found = logits.argmax(-1)
+    # argmax finds the first nan, where there is one.
+    broken = logits.gather(-1, found[:, None])[:, 0].isnan()
+    return found.masked_fill(broken, BROKEN)
+
+
 class Captured:
     """By graphs, one for each of `sizes`, which are made here."""
 
-    def __init__(self, model: Decoder, pool: StatePool) -> None:
+    def __init__(self, model: Decoder, pool: StatePool, drafter: OnDevice | None = None) -> None:
+        """`drafter` reads along."""
         self._model = model
         self._pool = pool
+        self._drafter = drafter
+        self.drafted = drafter is not None
         most, shape = pool.table.slots, model.shape
         weight = model.head.weight
         self._sent = torch.zeros(2, most, dtype=torch.int64, pin_memory=True)
@@ -127,7 +144,7 @@ class Captured:
         hidden = self._model.step(tokens, self._pool, slots)
         self._hidden[:size] = hidden
         logits = torch.mm(hidden, self._model.head.weight.T, out=self._logits[:size])
-        best = logits.argmax(-1)
-        # argmax finds the first nan, where there is one.
-        broken = logits.gather(-1, best[:, None])[:, 0].isnan()
-        self._best[:size] = best.masked_fill(broken, BROKEN)
+        self._best[:size] = best(logits)
+        if self._drafter is not None:
+            there = (slots > 0).to(slots.dtype)
+            self._drafter.follow(tokens[:, None], hidden[:, None], there, slots, self._pool)

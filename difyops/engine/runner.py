@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import threading
 import time
@@ -12,14 +13,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from difyops.engine import graphs, kernels, sample
+from difyops.engine import graphs, kernels, sample, windows
 from difyops.engine.adapt import Adaptive
 from difyops.engine.models.decoder import Decoder
 from difyops.engine.prefix import PrefixCache, Usage
 from difyops.engine.request import EngineStopped, FinishReason, Output, Request, TokenLogprob
 from difyops.engine.scheduler import Batch, Limits, Scheduler, Span
 from difyops.engine.slots import IntegrityError
-from difyops.engine.speculate import Drafter, Read, packed, state_specs, windows
+from difyops.engine.speculate import Drafter, Read, state_specs
 from difyops.engine.state import Snapshot, StatePool, StateSpec
 
 log = logging.getLogger("difyops.engine")
@@ -123,6 +124,9 @@ class Engine:
             device=self.device,
         )
         self._steps: graphs.Steps = graphs.Eager(model, self.pool)
+        self._windows: windows.Windows | None = (
+            windows.Eager(model, self.pool, drafter) if drafter is not None else None
+        )
         self.cache: PrefixCache[Snapshot] | None = (
             PrefixCache(prefix_bytes, self.pool.drop) if prefix_bytes else None
         )
@@ -224,7 +228,11 @@ class Engine:
         self.model.logits(hidden)
         self.pool.release(slot)
         if graphs.possible(self.model):
-            self._steps = graphs.Captured(self.model, self.pool)
+            self._steps = graphs.Captured(self.model, self.pool, windows.reader(self.drafter))
+        if self.drafter is not None and windows.possible(self.model, self.drafter):
+            fixed = self._last_guesses
+            guesses = range(1, self.drafter.most + 1) if self._adaptive else [fixed] * (fixed > 0)
+            self._windows = windows.Captured(self.model, self.pool, self.drafter, guesses)
 
     @torch.inference_mode()
     def _main(self) -> None:
@@ -299,53 +307,58 @@ class Engine:
         """One token each."""
         tokens = [request.tokens[-1] for request in requests]
         step = self._steps.run(tokens, [request.slot or 0 for request in requests])
-        self._drafter_reads(step.tokens, step.hidden, step.slots, step.bounds)
+        if not self._steps.drafted:
+            self._drafter_reads(step.tokens, step.hidden, step.slots, step.bounds)
         for request in requests:
             request.computed += 1
-        self._judge(requests, step.logits[:, None], [[]] * len(tokens), outputs, step.best)
+        best = [[token] for token in step.best] if step.best is not None else None
+        self._judge(requests, step.logits[:, None], [[]] * len(tokens), outputs, best)
 
     def _speculate(
         self, requests: Sequence[Request], k: int, outputs: dict[Request, Output]
     ) -> None:
         """One token each, and of `k` guesses behind it those that come true."""
-        if self.drafter is None:
+        if self._windows is None:
             raise ValueError("nothing drafts")
-        slots = self._slots(requests)
-        drafts = self.drafter.draft(requests, slots, self.pool, k)
-        window = windows(requests, drafts)
-        hidden = self.model.verify(window, self.pool, slots)
+        seen = self._windows.run(requests, k, self.context)
         # One that wants no guesses goes along with the others' window.
         guesses = [
-            row if r.speculate else [] for r, row in zip(requests, drafts.tolist(), strict=True)
+            row if r.speculate else [] for r, row in zip(requests, seen.guesses, strict=True)
         ]
-        taken = self._judge(requests, self.model.logits(hidden), guesses, outputs)
-        accepted = self._tensor(taken)
-        self.model.commit(self.pool, slots, accepted)
-        bounds = torch.cat((accepted.new_zeros(1), accepted.cumsum(0)))
-        self._drafter_reads(packed(window, accepted), packed(hidden, accepted), slots, bounds)
-        for request, guessed, count in zip(requests, guesses, taken, strict=True):
-            request.computed += count
+        taken = self._judge(requests, seen.logits, guesses, outputs, seen.best)
+        moved = seen.accepted or self._windows.settle(taken)
+        for request, guessed, count, move in zip(requests, guesses, taken, moved, strict=True):
+            over = outputs[request].finish is not None
+            if move != count and not over:
+                raise IntegrityError(f"{move} tokens were taken in where {count} came true")
+            # A state behind the end of its answer is nobody's beginning.
+            request.computed = request.computed + count if move == count else 0
             # Guesses behind the end of an answer were neither right nor wrong.
-            self._learn(guessed, count - 1, count if outputs[request].finish is None else count - 1)
+            self._learn(guessed, count - 1, count - 1 if over else count)
 
     def _judge(
         self,
         requests: Sequence[Request],
-        logits: Tensor,
+        logits: Tensor | None,
         guesses: Sequence[Sequence[int]],
         outputs: dict[Request, Output],
-        best: Sequence[int] | None = None,
+        best: Sequence[Sequence[int]] | None = None,
     ) -> list[int]:
         """Choose tokens along each row of logits [B, K, V] for as long as the guesses come true.
 
         Answers how many places of each row count: the tokens at them are in the sequence now.
         Every place is chosen after the tokens before it were taken in, so that a grammar's mask
-        and penalties are those of plain decoding. `best`: see sample.choose, where K is 1.
+        and penalties are those of plain decoding. `best` ([B][K]): see sample.choose; without
+        logits all there is.
         """
         taken, going = [0] * len(requests), list(range(len(requests)))
-        for place in range(logits.shape[1]):
-            rows = logits[:, place] if len(going) == len(requests) else logits[going, place]
-            choices = sample.choose(rows, [requests[i] for i in going], best)
+        for place in itertools.count():
+            known = [best[i][place] for i in going] if best is not None else None
+            if logits is None:
+                choices = [sample.known(token) for token in known or ()]
+            else:
+                rows = logits[:, place] if len(going) == len(requests) else logits[going, place]
+                choices = sample.choose(rows, [requests[i] for i in going], known)
             still = []
             for i, choice in zip(going, choices, strict=True):
                 request, taken[i] = requests[i], place + 1
@@ -363,15 +376,15 @@ class Engine:
 
     def _guesses(self, requests: Sequence[Request]) -> int:
         """How many tokens to guess now; the log hears what was settled."""
-        if self.drafter is None or not any(request.speculate for request in requests):
+        if self._windows is None or not any(request.speculate for request in requests):
             return 0
+        batch, most = len(requests), self._windows.most(requests)
         if self._adaptive is None:
-            return self._last_guesses
-        batch = len(requests)
+            return min(self._last_guesses, most)
         if (k := self._adaptive.news(batch, time.monotonic())) is not None:
             which = f"{k} token{'' if k == 1 else 's'}" if k else "off, it does not pay"
-            log.info("speculation by %s with %d running: %s", self.drafter.name, batch, which)
-        self._last_guesses = self._adaptive.choose(batch)
+            log.info("speculation by %s with %d running: %s", self._windows.name, batch, which)
+        self._last_guesses = self._adaptive.choose(batch, most)
         return self._last_guesses
 
     def _drafter_reads(self, tokens: Tensor, hidden: Tensor, slots: Tensor, cu: Tensor) -> None:

@@ -32,14 +32,14 @@ def choose(
     """
     if best is None:
         return _choose(logits, requests)
-    rest = [i for i, request in enumerate(requests) if not _is_greedy(request)]
+    rest = [i for i, request in enumerate(requests) if not is_greedy(request)]
     chosen: dict[int, TokenLogprob | Exception] = {}
     if rest:
         found = _choose(logits[rest], [requests[i] for i in rest])
         chosen = dict(zip(rest, found, strict=True))
     for i, token in enumerate(best):
         if i not in chosen:
-            chosen[i] = TokenLogprob(token, float("nan")) if token >= 0 else ValueError(NO_NUMBERS)
+            chosen[i] = known(token)
     return [chosen[i] for i in range(len(requests))]
 
 
@@ -70,7 +70,12 @@ def _choose(logits: Tensor, requests: Sequence[Request]) -> list[TokenLogprob | 
     ]
 
 
-def _is_greedy(request: Request) -> bool:
+def known(best: int) -> TokenLogprob | Exception:
+    """The choice of a greedy row whose best token is known, negative where it holds no numbers."""
+    return TokenLogprob(best, float("nan")) if best >= 0 else ValueError(NO_NUMBERS)
+
+
+def is_greedy(request: Request) -> bool:
     """Whether the largest score is all that matters."""
     s = request.sampling
     return s.temperature == 0 and s.logprobs is None and not _is_adjusted(request)
