@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -79,12 +80,22 @@ def possible(model: Decoder) -> bool:
     return on_gpu and all(block.mixer.graphable for block in model.blocks)
 
 
-def best(logits: Tensor) -> Tensor:
-    """The largest logit's token of each row, or BROKEN: [R, V] -> [R]."""
+def best(logits: Tensor, out: Tensor) -> None:
+    """The largest logit's token of each row, or BROKEN: [R, V] -> out, R numbers in rows of any
+    stride."""
+    if in_triton(logits):
+        from difyops.engine.kernels import draft as kernel
+
+        kernel.best(logits, out.view(-1, 1) if out.dim() == 1 else out)
+        return
     found = logits.argmax(-1)
     # argmax finds the first nan, where there is one.
     broken = logits.gather(-1, found[:, None])[:, 0].isnan()
-    return found.masked_fill(broken, BROKEN)
+    out.copy_(found.masked_fill(broken, BROKEN).view(out.shape))
+
+
+def in_triton(tensor: Tensor) -> bool:
+    return tensor.is_cuda and find_spec("triton") is not None
 
 
 class Captured:
@@ -144,7 +155,7 @@ class Captured:
         hidden = self._model.step(tokens, self._pool, slots)
         self._hidden[:size] = hidden
         logits = torch.mm(hidden, self._model.head.weight.T, out=self._logits[:size])
-        self._best[:size] = best(logits)
+        best(logits, self._best[:size])
         if self._drafter is not None:
             there = (slots > 0).to(slots.dtype)
             self._drafter.follow(tokens[:, None], hidden[:, None], there, slots, self._pool)

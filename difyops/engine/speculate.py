@@ -71,14 +71,14 @@ class OnDevice(Drafter):
         return ()
 
     def draft(self, requests: Sequence[Request], slots: Tensor, pool: StatePool, k: int) -> Tensor:
-        last = [request.tokens[-1] for request in requests]
-        return self.guess(
-            torch.tensor(last, dtype=torch.int64, device=slots.device), slots, pool, k
-        )
+        tokens = torch.zeros(len(requests), 1 + k, dtype=torch.int64, device=slots.device)
+        tokens[:, 0] = torch.tensor([request.tokens[-1] for request in requests])
+        self.guess(tokens, slots, pool)
+        return tokens[:, 1:]
 
     @abstractmethod
-    def guess(self, last: Tensor, slots: Tensor, pool: StatePool, k: int) -> Tensor:
-        """`k` guesses behind the last tokens [B]: int64 [B, k]."""
+    def guess(self, window: Tensor, slots: Tensor, pool: StatePool) -> None:
+        """Fill the places behind the first, which holds the last tokens: window [B, 1 + k]."""
 
     @abstractmethod
     def follow(

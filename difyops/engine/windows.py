@@ -120,13 +120,26 @@ def _settles(mixer: Mixer) -> bool:
     return mixer.graphable and in_place
 
 
-def accepted(guesses: Tensor, best: Tensor, room: Tensor, stops: Tensor) -> Tensor:
-    """How many places of each row count: those up to the first wrong guess, behind a stop token
-    none, and at most `room`. guesses [B, k], best [B, 1 + k], room [B], stops [B, S] -> [B]."""
+def judge(guesses: Tensor, answers: Tensor, room: Tensor, stops: Tensor, last: Tensor) -> None:
+    """Find how many places of each row count: those up to the first wrong guess, behind a stop
+    token none, and at most `room`.
+
+    guesses [B, k]; answers [B, …]: the count, 1 + k best tokens, which are there already, and the
+    guesses; room [B]; stops [B, S]; `last` [B] becomes the best token of the last that counts.
+    """
+    k = guesses.shape[1]
+    if graphs.in_triton(answers):
+        from difyops.engine.kernels import draft as kernel
+
+        kernel.judge(guesses, answers, room, stops, last, k)
+        return
+    best = answers[:, 1 : 2 + k]
     before = best[:, :-1]
     going = (guesses == before) & (guesses >= 0)
     going &= ~(before[:, :, None] == stops[:, None]).any(-1)
-    return torch.minimum(1 + going.cumprod(1).sum(1), room)
+    answers[:, 0] = torch.minimum(1 + going.cumprod(1).sum(1), room)
+    answers[:, 2 + k : 2 + 2 * k] = guesses
+    last.copy_(best.gather(1, (answers[:, :1] - 1).clamp_min(0))[:, 0])
 
 
 class Recorder:
@@ -160,7 +173,6 @@ class _Buffers:
         self.answers = self.inputs.new_zeros(slots, 2 + 2 * most)
         self.heard = torch.zeros(self.answers.shape, dtype=torch.int64, pin_memory=pinned)
         self.window = self.inputs.new_zeros(rows)
-        self.guesses = self.inputs.new_zeros(rows)
         self.logits = weight.new_zeros(rows, model.shape.vocabulary)
 
     def ask(self) -> None:
@@ -175,47 +187,46 @@ class _Pass:
         k: int, record: Callable[[Work], Work],
     ) -> None:  # fmt: skip
         self.size, self.k = size, k
-        self._model, self._pool, self._drafter = model, pool, drafter
+        self._model, self._pool = model, pool
         rows = size * (1 + k)
         self._last, self._slots, self._room = buffers.inputs[:_STOP, :size]
         self._stops = buffers.inputs[_STOP:_GUESS, :size].T
-        self._sent = buffers.inputs[_GUESS : _GUESS + k, :size].T
         self._window = buffers.window[:rows].view(size, 1 + k)
-        self._guesses = buffers.guesses[: size * k].view(size, k)
+        self._on_device = drafter if isinstance(drafter, OnDevice) else None
+        self._guesses = self._window[:, 1:]
+        if self._on_device is None:
+            self._guesses = buffers.inputs[_GUESS : _GUESS + k, :size].T
         self.logits = buffers.logits[:rows].view(size, 1 + k, -1)
-        answers = buffers.answers[:size]
-        self.accepted = answers[:, 0]
-        self._best, self._judged = answers[:, 1 : 2 + k], answers[:, 2 + k : 2 + 2 * k]
+        self._answers = buffers.answers[:size]
+        self.accepted = self._answers[:, 0]
         self.draft, self.verify, self.settle = map(
             record, (self._draft, self._verify, self._settle)
         )
 
     def _draft(self) -> None:
-        guesses = self._sent
-        if isinstance(self._drafter, OnDevice):
-            guesses = self._drafter.guess(self._last, self._slots, self._pool, self.k)
-        self._guesses.copy_(guesses)
         self._window[:, 0] = self._last
-        self._window[:, 1:] = guesses.clamp_min(0)
+        if self._on_device is not None:
+            self._on_device.guess(self._window, self._slots, self._pool)
+        else:
+            self._window[:, 1:] = self._guesses.clamp_min(0)
 
     def _verify(self) -> None:
         self._hidden = self._model.verify(self._window, self._pool, self._slots)
         flat = self.logits.flatten(0, 1)
         torch.mm(self._hidden.flatten(0, 1), self._model.head.weight.T, out=flat)
-        best, judged = graphs.best(flat).view(self.size, -1), self._guesses
-        if isinstance(self._drafter, OnDevice):
-            judged = self._drafter.judged(judged, best[:, :-1])
-        self._best.copy_(best)
-        self._judged.copy_(judged)
-        self.accepted.copy_(accepted(judged, best, self._room, self._stops))
+        best = self._answers[:, 1 : 2 + self.k]
+        graphs.best(flat, best)
+        guesses = self._guesses
+        if self._on_device is not None:
+            guesses = self._on_device.judged(guesses, best[:, :-1])
+        judge(guesses, self._answers, self._room, self._stops, self._last)
 
     def _settle(self) -> None:
         self._model.commit(self._pool, self._slots, self.accepted)
-        if isinstance(self._drafter, OnDevice):
-            self._drafter.follow(self._window, self._hidden, self.accepted, self._slots, self._pool)
-        # A draft may follow before the host has seen anything.
-        last = (self.accepted - 1).clamp_min(0)
-        self._last.copy_(self._best.gather(1, last[:, None])[:, 0])
+        if self._on_device is not None:
+            self._on_device.follow(
+                self._window, self._hidden, self.accepted, self._slots, self._pool
+            )
 
 
 class Captured:

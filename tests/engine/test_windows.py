@@ -103,9 +103,9 @@ def test_a_draft_ahead_is_taken_up_only_where_it_was_made() -> None:
     drafts: list[int] = []
     guess = drafter.guess
 
-    def counted(*given: Any) -> torch.Tensor:
+    def counted(*given: Any) -> None:
         drafts.append(1)
-        return guess(*given)
+        guess(*given)
 
     drafter.guess = counted  # type: ignore[method-assign]
     engine = captured(model, drafter, slots=1)
@@ -121,13 +121,12 @@ def test_synthetic_acceptance_is_the_rate(rate: float) -> None:
     assert isinstance(drafter, OnDevice)
     synthetic = drafters.SyntheticAcceptance(drafter, rate, seed=1, device=torch.device("cpu"))
     engine = captured(model, synthetic)
-    said = answers(engine, asked(prompts(12), 100))
-    assert all(len(tokens) == 100 for tokens in said)
+    said = answers(engine, asked(prompts(8), 60))
+    assert all(len(tokens) == 60 for tokens in said)
     counts = engine.stats().counters
     for place in (0, 1):
         share = counts.accepted[place] / counts.drafted[place]
-        judged = rate ** (place + 1)
-        assert share == pytest.approx(judged, abs=0.12)
+        assert share == pytest.approx(rate, abs=0.12)
     ended(engine)
 
 
@@ -143,4 +142,8 @@ def test_places_count_up_to_the_first_that_does_not() -> None:
     best = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 8], [-1, 6, 7, 8]])
     room = torch.tensor([9, 9, 2, 9, 9])
     stops = torch.tensor([[-1], [-1], [-1], [6], [-1]])
-    assert windows.accepted(guesses, best, room, stops).tolist() == [4, 2, 2, 2, 1]
+    answers, last = torch.cat((best[:, :1], best, guesses), dim=1), room.clone()
+    windows.judge(guesses, answers, room, stops, last)
+    assert answers[:, 0].tolist() == [4, 2, 2, 2, 1]
+    assert answers[:, 5:].tolist() == guesses.tolist()
+    assert last.tolist() == [8, 6, 6, 6, -1]

@@ -1,0 +1,81 @@
+"""Kernels beside the model in a pass with guesses, against what they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from difyops.engine import windows
+from difyops.engine.layers import RMSNorm
+from tests.gpu.test_kernels import DEVICE, close, random
+
+draft = pytest.importorskip("difyops.engine.kernels.draft")
+
+
+@pytest.mark.parametrize("size", [5, 8192, 20001])
+def test_the_best_is_the_first_of_the_largest(size: int) -> None:
+    logits = random(6, size).float()
+    logits[1, 2] = logits[1, size - 1] = 99.0
+    logits[2, 4] = float("nan")
+    logits[3] = float("-inf")
+    out = torch.zeros(2, 9, dtype=torch.int64, device=DEVICE)
+    draft.best(logits, out[:, 1:4])
+    wanted = logits.argmax(-1)
+    wanted[2] = -1
+    assert out[:, 1:4].flatten().tolist() == wanted.tolist()
+    assert not out[:, 4:].any()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_places_that_count_are_those_of_the_plain_form(k: int) -> None:
+    dice = torch.Generator().manual_seed(k)
+    rows = 40
+    answers = torch.randint(3, (rows, 2 + 2 * k), generator=dice)
+    guesses, room = answers[:, 1 : 1 + k].clone(), torch.randint(5, (rows,), generator=dice)
+    spoiled = torch.rand(guesses.shape, generator=dice) < 0.3
+    guesses[spoiled] = torch.randint(-1, 3, (int(spoiled.sum()),), generator=dice)
+    stops = torch.randint(-1, 12, (4, rows), generator=dice).T
+    last = torch.zeros(rows, dtype=torch.int64)
+    got = [t.clone().to(DEVICE) for t in (guesses, answers, room, stops, last)]
+    windows.judge(guesses, answers, room, stops, last)
+    draft.judge(*got, k)
+    assert got[1].tolist() == answers.tolist()
+    assert got[4].tolist() == last.tolist()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("moved", [False, True])
+def test_what_a_module_reads(offset: float, moved: bool) -> None:
+    width, slots = 40, torch.tensor([3, 1, 0], device=DEVICE)
+    norms = [RMSNorm(width, offset=offset).double().to(DEVICE) for _ in range(2)]
+    for number, norm in enumerate(norms):
+        norm.weight.data.add_(0.1 * random(width, seed=number))
+    window = torch.randint(11, (3, 7), device=DEVICE)[:, 1:4]
+    embedding, kept, rest = random(11, width), random(5, width, seed=1), random(3, 3, width, seed=2)
+    accepted = torch.tensor([3, 1, 0], device=DEVICE)
+    hidden = torch.cat((kept[slots][:, None], rest[:, :2]), dim=1)
+    wanted = torch.cat((norms[0](embedding[window]), norms[1](hidden)), dim=-1)
+    now = kept.float().clone()
+    got = draft.paired(
+        window, embedding.float(), now, slots, rest.float(), norms[0].weight.float(),
+        norms[1].weight.float(), 1e-6, offset, accepted if moved else None,
+    )  # fmt: skip
+    close(got, wanted)
+    if moved:
+        kept[3], kept[1] = rest[0, 2], rest[1, 0]
+    close(now, kept)
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_a_rough_head_guesses_as_its_weights_do(count: int) -> None:
+    if DEVICE == "cpu":
+        pytest.skip("the interpreter has no float8")
+    weight, x = random(1000, 160).bfloat16(), random(count, 160, seed=1).bfloat16()
+    rough, scales = draft.quantised(weight)
+    out = torch.zeros(count, 3, dtype=torch.int64, device=DEVICE)
+    draft.likeliest(x, rough, scales, out[:, 1:2])
+    logits: Tensor = x.double() @ (rough.double() * scales[:, None].double()).T
+    chosen = logits.gather(1, out[:, 1:2])[:, 0]
+    assert bool((logits.max(-1).values - chosen < 1e-3 * logits.abs().max()).all())
+    close(rough.double() * scales[:, None], weight.double(), 0.07)
