@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from difyops.engine import kernels
 from difyops.engine.models.decoder import Block, Decoder, Run
 from difyops.engine.models.mtp import MedusaHead, MultiTokenPrediction, modules
 from difyops.engine.speculate import Drafter, OnDevice, PromptLookup, Read
@@ -65,9 +66,9 @@ class Mtp(OnDevice):
                 return
             counts = (total - depth).clamp(min=0).minimum(lengths)
             slots, counts = read.slots[counts > 0], counts[counts > 0]
-            made = self._run(
-                depth, track, read.tokens[paired], before[paired], _folding(slots, counts)
-            )
+            embedded = self._model.embed(read.tokens[paired])
+            pairs = self._modules[depth - 1].paired(embedded, before[paired])
+            made = self._run(depth, track, pairs, _folding(slots, counts))
             track.advance(slots, counts)
             hidden = torch.zeros_like(before)
             hidden[paired] = made
@@ -80,7 +81,7 @@ class Mtp(OnDevice):
         for depth, track in enumerate(pool.drafting, 1):
             module = self._modules[depth - 1]
             read = self._paired(module, track, window, slots, hidden, accepted)
-            hidden = module.through(read, _verifying(slots), track.layers[:-1])
+            hidden = self._run(depth, track, read, _verifying(slots))
             counts = accepted if short is None else accepted * (short >= depth)
             for block, state in zip(module.blocks, track.layers, strict=False):
                 block.mixer.commit(state, slots, counts)
@@ -92,7 +93,7 @@ class Mtp(OnDevice):
             depth = min(ahead, len(pool.drafting))
             module, track = self._modules[depth - 1], pool.drafting[depth - 1]
             read = self._paired(module, track, window[:, :ahead], slots, rest)
-            made = module.through(read, _verifying(slots), track.layers[:-1])
+            made = self._run(depth, track, read, _verifying(slots))
             self._head.likeliest(made[:, -1], window[:, ahead : ahead + 1])
             # The next module's places begin one earlier, and the last one's go on by themselves.
             on = made[:, -1:] if rest is None else torch.cat((rest, made[:, -1:]), dim=1)
@@ -121,11 +122,8 @@ class Mtp(OnDevice):
                 kept[slots] = _last(rest, accepted)
         return module.paired(self._model.embed(tokens), hidden)
 
-    def _run(self, depth: int, track: Track, tokens: Tensor, hidden: Tensor, run: Run) -> Tensor:
-        made: Tensor = self._modules[depth - 1](
-            self._model.embed(tokens), hidden, run, track.layers[:-1]
-        )
-        return made
+    def _run(self, depth: int, track: Track, pairs: Tensor, run: Run) -> Tensor:
+        return self._modules[depth - 1].through(pairs, run, track.layers[:-1])
 
 
 class Medusa(OnDevice):
@@ -174,6 +172,8 @@ class DraftModel(OnDevice):
                 f"the model {model.shape.vocabulary}",
                 "choose a smaller model of the same family",
             )
+        if kernels.usable(small.embed.weight.device, small.dtype):
+            small.fuse()
         self.most = most
         self._small = small
 
