@@ -112,6 +112,7 @@ class Engine:
         self.context = context
         self.drafter = drafter
         self._adaptive = Adaptive(most) if most and guesses is None else None
+        self._before = 0  # guesses of the last pass
         self._last_guesses = guesses or 0  # for good, where nothing adapts
         window = 1 + most
         self.pool = StatePool(
@@ -276,12 +277,17 @@ class Engine:
         if batch.decode:
             # The last token of a prompt may be all that is left to read of it.
             self._counters.prompt_tokens += sum(not request.count for request in batch.decode)
-            began, k = time.monotonic(), self._guesses(batch.decode)
+            k = self._guesses(batch.decode)
+            steady, self._before = k == self._before, k
+            # A GPU may still be busy with the pass before, which is not this one's cost.
+            self._rest(steady)
+            began = time.monotonic()
             self._counters.passes += len(batch.decode)
             if k:
                 self._speculate(batch.decode, k, outputs)
             else:
                 self._step(batch.decode, outputs)
+            self._rest(steady)
             if self._adaptive is not None:
                 self._adaptive.took(len(batch.decode), k, time.monotonic() - began)
         return outputs
@@ -386,6 +392,11 @@ class Engine:
             log.info("speculation by %s with %d running: %s", self._windows.name, batch, which)
         self._last_guesses = self._adaptive.choose(batch, most)
         return self._last_guesses
+
+    def _rest(self, steady: bool) -> None:
+        """Wait for what still runs where a pass is measured by itself."""
+        if self._adaptive is not None and self._windows is not None and not steady:
+            self._windows.wait()
 
     def _drafter_reads(self, tokens: Tensor, hidden: Tensor, slots: Tensor, cu: Tensor) -> None:
         if self.drafter is not None:

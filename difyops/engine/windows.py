@@ -65,6 +65,10 @@ class Windows(Protocol):
         """What `run` left to the host: the first places of each sequence go into the state."""
         ...
 
+    def wait(self) -> None:
+        """Until the device has done all of it."""
+        ...
+
 
 class Eager:
     """Kernel by kernel, on any device; the host judges."""
@@ -96,6 +100,9 @@ class Eager:
         read = Read(packed(tokens, counts), packed(hidden, counts), slots, bounds)
         self._drafter.read(read, self._pool)
         return accepted
+
+    def wait(self) -> None:
+        _mark(self._model.embed.weight.device)()
 
 
 def reader(drafter: Drafter | None) -> OnDevice | None:
@@ -300,6 +307,9 @@ class Captured:
         self._current.accepted[: len(accepted)] = torch.tensor(accepted)
         self._current.settle()
         return accepted
+
+    def wait(self) -> None:
+        _mark(self._buffers.inputs.device)()
 
     def _send(self, requests: Sequence[Request], this: _Pass, context: int) -> None:
         rows = [_row(request, context) for request in requests]
