@@ -6,7 +6,6 @@ import copy
 import itertools
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from difyops.engine import graphs, kernels, sample, windows
-from difyops.engine.adapt import Adaptive
+from difyops.engine.guessing import Guessing, Places
 from difyops.engine.models.decoder import Decoder
 from difyops.engine.prefix import PrefixCache, Usage
 from difyops.engine.request import EngineStopped, FinishReason, Output, Request, TokenLogprob
@@ -30,7 +29,7 @@ Deliver = Callable[[Output], None]
 
 
 @dataclass
-class Counters:
+class Counters(Places):
     """What has happened since the start."""
 
     steps: int = 0
@@ -41,9 +40,6 @@ class Counters:
     )
     #: Sequences in decoding passes of the model, summed: without guesses each makes one token.
     passes: int = 0
-    #: By place behind the last token: guesses made, and those that came true.
-    drafted: dict[int, int] = field(default_factory=dict)
-    accepted: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,9 +107,6 @@ class Engine:
             model.fuse()
         self.context = context
         self.drafter = drafter
-        self._adaptive = Adaptive(most) if most and guesses is None else None
-        self._before = 0  # guesses of the last pass
-        self._last_guesses = guesses or 0  # for good, where nothing adapts
         window = 1 + most
         self.pool = StatePool(
             model.state_specs(),
@@ -125,9 +118,9 @@ class Engine:
             device=self.device,
         )
         self._steps: graphs.Steps = graphs.Eager(model, self.pool)
-        self._windows: windows.Windows | None = (
-            windows.Eager(model, self.pool, drafter) if drafter is not None else None
-        )
+        self._guessing: Guessing | None = None
+        if drafter is not None:
+            self._guessing = Guessing(windows.Eager(model, self.pool, drafter), most, guesses)
         self.cache: PrefixCache[Snapshot] | None = (
             PrefixCache(prefix_bytes, self.pool.drop) if prefix_bytes else None
         )
@@ -213,7 +206,7 @@ class Engine:
                 state_bytes=self.pool.bytes,
                 counters=copy.deepcopy(self._counters),
                 prefix=self.cache.stats() if self.cache is not None else None,
-                guesses=self._last_guesses,
+                guesses=self._guessing.now if self._guessing is not None else 0,
             )
 
     @torch.inference_mode()
@@ -230,10 +223,11 @@ class Engine:
         self.pool.release(slot)
         if graphs.possible(self.model):
             self._steps = graphs.Captured(self.model, self.pool, windows.reader(self.drafter))
-        if self.drafter is not None and windows.possible(self.model, self.drafter):
-            fixed = self._last_guesses
-            guesses = range(1, self.drafter.most + 1) if self._adaptive else [fixed] * (fixed > 0)
-            self._windows = windows.Captured(self.model, self.pool, self.drafter, guesses)
+        if self._guessing is None or self.drafter is None:
+            return
+        if windows.possible(self.model, self.drafter):
+            numbers = self._guessing.numbers
+            self._guessing.windows = windows.Captured(self.model, self.pool, self.drafter, numbers)
 
     @torch.inference_mode()
     def _main(self) -> None:
@@ -277,20 +271,20 @@ class Engine:
         if batch.decode:
             # The last token of a prompt may be all that is left to read of it.
             self._counters.prompt_tokens += sum(not request.count for request in batch.decode)
-            k = self._guesses(batch.decode)
-            steady, self._before = k == self._before, k
-            # A GPU may still be busy with the pass before, which is not this one's cost.
-            self._rest(steady)
-            began = time.monotonic()
             self._counters.passes += len(batch.decode)
-            if k:
-                self._speculate(batch.decode, k, outputs)
-            else:
-                self._step(batch.decode, outputs)
-            self._rest(steady)
-            if self._adaptive is not None:
-                self._adaptive.took(len(batch.decode), k, time.monotonic() - began)
+            self._decode(batch.decode, outputs)
         return outputs
+
+    def _decode(self, requests: Sequence[Request], outputs: dict[Request, Output]) -> None:
+        if self._guessing is None:
+            self._step(requests, outputs)
+            return
+        k = self._guessing.choose(requests)
+        with self._guessing.measured(len(requests), k):
+            if k:
+                self._speculate(self._guessing, requests, k, outputs)
+            else:
+                self._step(requests, outputs)
 
     def _prefill(self, spans: Sequence[Span]) -> Tensor:
         """Hidden states behind the prompts that are read to their end: [R, width]."""
@@ -321,18 +315,17 @@ class Engine:
         self._judge(requests, step.logits[:, None], [[]] * len(tokens), outputs, best)
 
     def _speculate(
-        self, requests: Sequence[Request], k: int, outputs: dict[Request, Output]
-    ) -> None:
+        self, guessing: Guessing, requests: Sequence[Request], k: int,
+        outputs: dict[Request, Output],
+    ) -> None:  # fmt: skip
         """One token each, and of `k` guesses behind it those that come true."""
-        if self._windows is None:
-            raise ValueError("nothing drafts")
-        seen = self._windows.run(requests, k, self.context)
+        seen = guessing.windows.run(requests, k, self.context)
         # One that wants no guesses goes along with the others' window.
         guesses = [
             row if r.speculate else [] for r, row in zip(requests, seen.guesses, strict=True)
         ]
         taken = self._judge(requests, seen.logits, guesses, outputs, seen.best)
-        moved = seen.accepted or self._windows.settle(taken)
+        moved = seen.accepted or guessing.windows.settle(taken)
         for request, guessed, count, move in zip(requests, guesses, taken, moved, strict=True):
             over = outputs[request].finish is not None
             if move != count and not over:
@@ -340,7 +333,7 @@ class Engine:
             # A state behind the end of its answer is nobody's beginning.
             request.computed = request.computed + count if move == count else 0
             # Guesses behind the end of an answer were neither right nor wrong.
-            self._learn(guessed, count - 1, count - 1 if over else count)
+            guessing.learn(self._counters, guessed, count - 1, count - 1 if over else count)
 
     def _judge(
         self,
@@ -380,37 +373,9 @@ class Engine:
             going = still
         return taken
 
-    def _guesses(self, requests: Sequence[Request]) -> int:
-        """How many tokens to guess now; the log hears what was settled."""
-        if self._windows is None or not any(request.speculate for request in requests):
-            return 0
-        batch, most = len(requests), self._windows.most(requests)
-        if self._adaptive is None:
-            return min(self._last_guesses, most)
-        if (k := self._adaptive.news(batch, time.monotonic())) is not None:
-            which = f"{k} token{'' if k == 1 else 's'}" if k else "off, it does not pay"
-            log.info("speculation by %s with %d running: %s", self._windows.name, batch, which)
-        self._last_guesses = self._adaptive.choose(batch, most)
-        return self._last_guesses
-
-    def _rest(self, steady: bool) -> None:
-        """Wait for what still runs where a pass is measured by itself."""
-        if self._adaptive is not None and self._windows is not None and not steady:
-            self._windows.wait()
-
     def _drafter_reads(self, tokens: Tensor, hidden: Tensor, slots: Tensor, cu: Tensor) -> None:
         if self.drafter is not None:
             self.drafter.read(Read(tokens, hidden, slots, cu), self.pool)
-
-    def _learn(self, guessed: Sequence[int], hits: int, judged: int) -> None:
-        """Count guesses that came true among the first `judged` ones."""
-        tried = min(judged, sum(guess >= 0 for guess in guessed))
-        counts = self._counters
-        for place in range(tried):
-            counts.drafted[place] = counts.drafted.get(place, 0) + 1
-            counts.accepted[place] = counts.accepted.get(place, 0) + (place < hits)
-        if self._adaptive is not None:
-            self._adaptive.came_true(hits, min(judged, len(guessed)))
 
     def _kept(self, request: Request) -> tuple[int, int]:
         """Tokens, and pages to share, of the longest kept beginning. The turn is held."""

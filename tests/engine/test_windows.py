@@ -31,7 +31,10 @@ def captured(model: Decoder, drafter: Drafter, **options: Any) -> Engine:
     options = {"slots": 4, "context": 256, "prefill_tokens": 48, "guesses": drafter.most} | options
     engine = Engine(model, drafter=drafter, **options)
     guesses = range(1, drafter.most + 1)
-    engine._windows = windows.Captured(model, engine.pool, drafter, guesses, lambda work: work)
+    assert engine._guessing is not None
+    engine._guessing.windows = windows.Captured(
+        model, engine.pool, drafter, guesses, lambda work: work
+    )
     engine.start()
     return engine
 
@@ -52,7 +55,7 @@ def mixed(texts: Sequence[Sequence[int]]) -> list[Request]:
 )
 def test_no_token_is_another(name: str) -> None:
     model, drafter = drafting(name)
-    wanted = [(7,), (8, 3), *prompts(12, seed=2)]  # some are shorter than three modules are deep
+    wanted = [(7,), (8, 3), *prompts(8, seed=2)]  # some are shorter than three modules are deep
     plain, engine = running(model), captured(model, drafter, prefix_bytes=10**9)
     for ask in (asked, mixed):
         said = answers(plain, ask(wanted))
@@ -70,7 +73,7 @@ def test_no_token_is_another(name: str) -> None:
 def test_what_is_kept_of_an_answer_is_what_it_says(kind: str) -> None:
     """Ends by a stop token, looked for or not, and by length, within windows that came true."""
     model = made(kind)
-    wanted = prompts(16, seed=3)
+    wanted = prompts(10, seed=3)
     plain = running(model)
     said = answers(plain, asked(wanted))
     ending = []
@@ -134,7 +137,8 @@ def test_what_cannot_be_captured_is_run_as_before() -> None:
     model, drafter = drafting("mtp")
     assert not windows.possible(model, drafter)  # on a CPU
     engine = Engine(model, slots=1, context=64, drafter=drafter)
-    assert isinstance(engine._windows, windows.Eager)
+    assert engine._guessing is not None
+    assert isinstance(engine._guessing.windows, windows.Eager)
 
 
 def test_places_count_up_to_the_first_that_does_not() -> None:

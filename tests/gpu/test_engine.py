@@ -108,7 +108,7 @@ def test_it_says_what_the_cpu_says(kind: str) -> None:
         asking = asked(texts)
         ties.append(differ(model, asking, got, answers(guessing, asking)))
     if all(isinstance(m, Softmax) or getattr(m, "in_place", False) for m in mixers(guessing)):
-        assert isinstance(guessing._windows, windows.Captured)
+        assert isinstance(guessing._guessing.windows, windows.Captured)
     assert guessing.stats().counters.accepted[0] > 20
     ended(guessing)
     print(f"{kind}: of {len(texts)} answers {ties} differ, at near-ties")
@@ -125,9 +125,10 @@ def test_windows_under_graphs_are_the_eager_ones(name: str) -> None:
         options = {"slots": 5, "context": CONTEXT, "prefill_tokens": 48, "prefix_bytes": 1 << 24}
         engine = Engine(model, drafter=drafter, guesses=drafter.most, **options)
         engine.warm_up()
-        assert isinstance(engine._windows, windows.Captured)
+        assert engine._guessing is not None
+        assert isinstance(engine._guessing.windows, windows.Captured)
         if eager:
-            engine._windows = windows.Eager(model, engine.pool, drafter)
+            engine._guessing.windows = windows.Eager(model, engine.pool, drafter)
         engine.start()
         found.append(answers(engine, asked(texts)) + answers(engine, asked(texts)))
         counts.append(engine.stats().counters.accepted)

@@ -59,7 +59,7 @@ def test_a_cache_that_loses_some_state_is_found(
 def test_a_request_without_speculation(start: Callable[..., Local]) -> None:
     server = start(**EXACT)
     # Two guesses in every pass, whether they pay or not.
-    server.engine._adaptive, server.engine._last_guesses = None, 2
+    server.engine._guessing.adaptive, server.engine._guessing.now = None, 2
 
     def drafted() -> int:
         return sum(server.engine.stats().counters.drafted.values())
