@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from difyops import __version__, serve_command
+from difyops import __version__, serve_command, size_command
 from difyops.bench.commands import app as bench_app
 from difyops.errors import EXIT_CANNOT_START, EXIT_FAILED, DifyopsError, UsageError
 from difyops.tune.commands import app as tune_app
@@ -41,6 +41,7 @@ app.add_typer(secrets_app, name="secrets")
 app.add_typer(bench_app, name="bench")
 app.add_typer(tune_app, name="tune")
 app.command(epilog=serve_command.EPILOG)(serve_command.serve)
+app.command(epilog=size_command.EPILOG)(size_command.size)
 
 #: Typer brings its own copy of click or uses the installed one: what it raises is found from here.
 _ClickError: Any = typer.BadParameter.__mro__[2]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from difyops.bringup import BroughtUp
     from difyops.chat import Answer
     from difyops.doctor import Report, Result
+    from difyops.engine import sizing
     from difyops.openai_client import Event
     from difyops.render import Rendered
     from difyops.supervise import State
@@ -427,3 +428,24 @@ def gpu(found: gpu_bench.Found) -> None:
     _table(table(found))
     for line in found.remarks():
         emit(line)
+
+
+def size(found: sizing.Sized, plan: sizing.Plan | None) -> None:
+    """What `difyops size` found, and what fits."""
+    from difyops.engine.sizing import gib
+    from difyops.engine.state import PAGE_SIZE
+
+    needs = found.needs
+    _table(
+        [
+            [f"{found.family}, {found.parameters:,} parameters in {found.dtype}", ""],
+            ["weights", gib(needs.weights)],
+            ["each sequence: states and scores", gib(needs.slot)],
+            ["each 1,000 tokens of context", gib(needs.page * 1000 // PAGE_SIZE)],
+            [f"a sequence of {found.context:,} tokens", gib(needs.slot + needs.full * needs.page)],
+            ["one step's work", gib(needs.work)],
+        ]
+    )
+    if plan is not None:
+        tokens = f", {plan.pages * PAGE_SIZE:,} tokens over all of them" if plan.pages else ""
+        emit(f"fits: {plan.slots} sequences{tokens}, and {gib(plan.prefix_bytes)} of prefixes")

@@ -27,6 +27,11 @@ class Dtype(StrEnum):
     float64 = "float64"
 
 
+class StateDtype(StrEnum):
+    auto = "auto"
+    bfloat16 = "bfloat16"
+
+
 def serve(
     model: Annotated[
         str,
@@ -57,18 +62,31 @@ def serve(
         int | None, typer.Option(min=16, help="Tokens of one request; without it: the model's.")
     ] = None,
     slots: Annotated[
-        int | None, typer.Option(min=1, help="Requests at a time; without it: 16.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Requests at a time; without it: 16, on a GPU as many as fit, up to 256.",
+        ),
     ] = None,
     pages: Annotated[
         int | None,
         typer.Option(
             min=1,
             help="Pages (of 16 tokens) for the keys and values of softmax layers; without it: as "
-            "many as a quarter of the free memory holds.",
+            "many as a quarter of the free memory holds, or the rest of a GPU's share.",
         ),
     ] = None,
+    gpu_memory_utilization: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=1.0, help="The share of a GPU's memory that weights and states may take."
+        ),
+    ] = 0.9,
     prefill_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of prompts read in one step; without it: 512.")
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of prompts read in one step; without it: 512, on a GPU 8192."
+        ),
     ] = None,
     max_waiting: Annotated[
         int | None, typer.Option(min=0, help="Requests that may wait; then 429. Without it: 256.")
@@ -96,6 +114,13 @@ def serve(
             "float32, else bfloat16."
         ),
     ] = Dtype.auto,
+    state_dtype: Annotated[
+        StateDtype,
+        typer.Option(
+            help="Of recurrent states. auto: float32 (with weights in float64: float64). bfloat16 "
+            "halves them, and rounds at every token."
+        ),
+    ] = StateDtype.auto,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="On a CPU; without it: the CPUs less one.")
@@ -130,8 +155,9 @@ def serve(
             "id": name, "context": context, "slots": slots, "pages": pages,
             "prefill_tokens": prefill_tokens, "max_waiting": max_waiting, "dtype": dtype.value,
             "device": device, "threads": threads, "cache": cache, "sampling": _sampling(model),
-            "speculate": speculate,
-            "prefix_cache": _bytes(prefix_cache) if prefix_cache is not None else None,
+            "speculate": speculate, "state_dtype": state_dtype.value,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "prefix_cache": _prefix_bytes(prefix_cache) if prefix_cache is not None else None,
         },
         embedding=_embedding(embedding, cache or default_cache()) if embedding else None,
     )  # fmt: skip
@@ -139,13 +165,15 @@ def serve(
         raise typer.Exit(code)
 
 
-def _bytes(text: str) -> int:
-    """`off`, or a number of bytes with or without a unit. Raises UsageError."""
-    if text == "off":
-        return 0
+def _prefix_bytes(text: str) -> int:
+    return 0 if text == "off" else bytes_of(text, "--prefix-cache", "off, or such as")
+
+
+def bytes_of(text: str, option: str, remedy: str = "such as") -> int:
+    """A number of bytes with or without a unit. Raises UsageError naming the option."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kMGT])(i?)B?|B)?", text)
     if found is None:
-        raise UsageError(f"--prefix-cache: {text!r} is no size", "off, or such as 512MiB or 2GB")
+        raise UsageError(f"{option}: {text!r} is no size", f"{remedy} 512MiB or 2GB")
     number, unit, binary = found.groups()
     power = "kMGT".index(unit) + 1 if unit else 0
     return int(float(number) * (1024 if binary else 1000) ** power)

@@ -45,18 +45,22 @@ class LlmConfig(ModelConfig):
     0: none).
 
     `context` is tokens of one request (None: what the model was trained for), `slots` how many run
-    at a time. `pages` bounds the keys and values of softmax layers over all of them (None: every
-    slot can be full, or as many as a quarter of the free memory holds). `prefill_tokens` is how
-    much of prompts one step reads. `threads` is for a CPU (None: the CPUs less one).
+    at a time, `pages` bounds the keys and values of softmax layers over all of them (None for
+    either: what the memory holds, see sizing.py; of a GPU's, `gpu_memory_utilization` is ours at
+    most). `prefill_tokens` is how much of prompts one step reads (None: 512, on a GPU 8192).
+    `state_dtype` is what recurrent states are kept in. `threads` is for a CPU (None: the CPUs less
+    one).
     """
 
     model: str = Field(min_length=1)
     context: int | None = Field(default=None, ge=16)
-    slots: int = Field(default=16, ge=1, le=4096)
+    slots: int | None = Field(default=None, ge=1, le=4096)
     pages: int | None = Field(default=None, ge=1)
-    prefill_tokens: int = Field(default=512, ge=1)
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    prefill_tokens: int | None = Field(default=None, ge=1)
     max_waiting: int = Field(default=256, ge=0)
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
+    state_dtype: Literal["auto", "bfloat16"] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     threads: int | None = Field(default=None, ge=1)
     cache: Path | None = None

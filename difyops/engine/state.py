@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -22,15 +22,21 @@ PAGE_SIZE = 16
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a layer's state, without its leading slot or token dimension."""
+    """One tensor of a layer's state, without its leading slot or token dimension. `stored`: what it
+    lies in, where that is not what it is computed in."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     fill: float = 0.0  # what an empty slot holds
+    stored: torch.dtype | None = None
+
+    @property
+    def kept_in(self) -> torch.dtype:
+        return self.stored or self.dtype
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.kept_in.itemsize
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,15 @@ class StateSpec:
     def replay_bytes(self) -> int:
         return sum(spec.bytes for spec in self.replay.values())
 
+    def stored_in(self, dtype: torch.dtype) -> StateSpec:
+        """The same with what makes up the bytes, a matrix for each head, in `dtype`. Sums and
+        maxima beside it keep theirs: they are few, and what is divided by."""
+        slot = {
+            name: replace(spec, stored=dtype) if len(spec.shape) > 2 else spec
+            for name, spec in self.slot.items()
+        }
+        return replace(self, slot=slot)
+
 
 class LayerState:
     """One layer's view of the pool. Mixers read and write it by slot, never by request.
@@ -72,7 +87,9 @@ class LayerState:
         lengths: Tensor,
         table: Tensor,
         page_size: int,
+        spec: StateSpec,
     ) -> None:
+        self.spec = spec
         self.slot = slot  # name -> [slots + 1, …]
         self.token = token  # name -> [(pages + 1) * page_size, …]
         self.replay = replay  # name -> [slots + 1, window, …]
@@ -81,8 +98,11 @@ class LayerState:
         self.page_size = page_size
 
     def read(self, slots: Tensor) -> dict[str, Tensor]:
-        """A copy of the state of `slots` ([B]), each tensor [B, …]."""
-        return {name: tensor.index_select(0, slots) for name, tensor in self.slot.items()}
+        """A copy of the state of `slots` ([B]), each [B, …], in what it is computed in."""
+        return {
+            name: tensor.index_select(0, slots).to(self.spec.slot[name].dtype)
+            for name, tensor in self.slot.items()
+        }
 
     def write(self, slots: Tensor, carry: Mapping[str, Tensor]) -> None:
         """The state of `slots` ([B]) becomes `carry`."""
@@ -200,6 +220,7 @@ class StatePool:
                     lengths,
                     self._page_rows,
                     size,
+                    kind,
                 )
         return Track([layer for layer in layers if layer is not None], lengths)
 
@@ -301,9 +322,9 @@ def _filled(shape: tuple[int, ...], spec: TensorSpec, device: torch.device | str
     if torch.device(device).type == "cpu" and not spec.fill:
         # Zeros that the system hands out when they are first touched: a pool for full contexts
         # costs memory, and time at the start, only as sequences fill it.
-        raw = np.zeros(math.prod(shape) * spec.dtype.itemsize, dtype=np.uint8)
-        return torch.from_numpy(raw).view(spec.dtype).view(shape)
-    return torch.full(shape, spec.fill, dtype=spec.dtype, device=device)
+        raw = np.zeros(math.prod(shape) * spec.kept_in.itemsize, dtype=np.uint8)
+        return torch.from_numpy(raw).view(spec.kept_in).view(shape)
+    return torch.full(shape, spec.fill, dtype=spec.kept_in, device=device)
 
 
 def _distinct(specs: Sequence[StateSpec]) -> list[StateSpec]:

@@ -274,13 +274,13 @@ def test_pages_for_less_than_one_context_are_refused(checkpoint: Path) -> None:
     [("off", 0), ("0", 0), ("512MiB", 512 << 20), ("2GB", 2 * 10**9), ("1.5k", 1500), ("7B", 7)],
 )
 def test_sizes(said: str, bytes_: int) -> None:
-    assert serve_command._bytes(said) == bytes_
+    assert serve_command._prefix_bytes(said) == bytes_
 
 
 def test_what_is_no_size_is_refused() -> None:
     for said in ("", "none", "-1", "2 PB", "1e9"):
         with pytest.raises(UsageError, match="--prefix-cache"):
-            serve_command._bytes(said)
+            serve_command._prefix_bytes(said)
 
 
 def test_prefixes_take_no_more_than_is_free() -> None:

@@ -87,6 +87,8 @@ class Decoder(nn.Module):
         self.norm = norm
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         self.wide_residual = wide_residual
+        #: What recurrent states lie in between two steps, where not in what they are computed in.
+        self.states_in: torch.dtype | None = None
         self.tied = tied
         if tied:
             self.head.weight = self.embed.weight
@@ -101,7 +103,10 @@ class Decoder(nn.Module):
 
     def state_specs(self) -> list[StateSpec]:
         """One per layer."""
-        return [block.mixer.state_spec() for block in self.blocks]
+        specs = [block.mixer.state_spec() for block in self.blocks]
+        if self.states_in is None:
+            return specs
+        return [spec.stored_in(self.states_in) for spec in specs]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Whole sequences, [B, T] -> hidden states [B, T, width], without any state: what training
