@@ -135,8 +135,9 @@ def test_windows_under_graphs_are_the_eager_ones(name: str) -> None:
         ended(engine)
     ties = differ(copy.deepcopy(model).cpu().double(), asked(texts) * 2, *found)
     print(f"{name}: {ties} of {len(found[0])} answers differ, at near-ties; accepted {counts}")
-    if not ties:
-        assert sum(abs(counts[0][i] - counts[1][i]) for i in counts[0]) <= 2
+    # A prompt shorter than a module is deep is first stepped, and guesses may be near-ties, too.
+    total, other = (sum(count.values()) for count in counts)
+    assert abs(total - other) <= 6 + 0.05 * other
 
 
 def test_nothing_is_lost_under_a_random_load() -> None:

@@ -45,7 +45,7 @@ def likeliest(x: Tensor, weight: Tensor, scales: Tensor, out: Tensor) -> None:
     which = torch.empty(count, parts, dtype=torch.int32, device=x.device)
     rows = max(16, triton.next_power_of_2(count))
     _score[(parts,)](
-        x.contiguous(), weight, scales, tops, which, count, size, width,
+        x.contiguous(), weight.view(torch.uint8), scales, tops, which, count, size, width,
         ROWS=rows, LINES=_LINES, COLUMNS=_COLUMNS, num_warps=_WARPS, num_stages=_STAGES,
         **ahead(x),
     )  # fmt: skip
@@ -129,7 +129,7 @@ def _score(
         inside = start + k < width
         w = tl.load(place + start, mask=(n < size)[:, None] & inside[None, :], other=0)
         now = tl.load(row + start, mask=(m < count)[None, :] & inside[:, None], other=0)
-        total += tl.dot(w.to(now.dtype), now)
+        total += tl.dot(w.to(tl.float8e4nv, bitcast=True).to(now.dtype), now)
     total = tl.where((n < size)[:, None], total * scale[:, None], float("-inf"))
     top, where = tl.max(total, 0, return_indices=True)
     here = m * tl.num_programs(0) + part
