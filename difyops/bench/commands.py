@@ -31,6 +31,11 @@ class Peer(StrEnum):
     transformers = "transformers"
 
 
+class GpuPeer(StrEnum):
+    transformers = "transformers"
+    vllm = "vllm"
+
+
 @app.command(
     epilog="Examples: difyops bench serve smollm2-135m --peer llamacpp --peer transformers | "
     "difyops bench serve --url http://127.0.0.1:8000/v1 --streams 1,8"
@@ -125,26 +130,74 @@ def spec(
 
 
 @app.command(
-    epilog="Examples: difyops bench gpu | difyops bench gpu --shape qwen3.5-0.8b --sequences 1,64"
+    epilog="Examples: difyops bench gpu | "
+    "difyops bench gpu --shape qwen3.5-0.8b --sequences 1,64 --part decode --profile | "
+    "difyops bench gpu --part context --plot contexts.svg | "
+    "difyops bench gpu --shape qwen3.5-0.8b --part decode,prompt --peer transformers --peer vllm"
 )
 def gpu(
     shape: Annotated[
         list[str] | None,
-        typer.Option(help="qwen3.5-0.8b, mamba2-1.3b or linear-1b; may be repeated."),
+        typer.Option(
+            help="qwen3.5-0.8b, qwen3.5-9b, mamba2-1.3b, linear-1b, hybrid-1b or softmax-1b; may "
+            "be repeated. Without it: qwen3.5-0.8b, mamba2-1.3b and linear-1b."
+        ),
     ] = None,
+    part: Annotated[
+        str,
+        typer.Option(
+            help="What to measure, of eager, decode, engine, prompt, profile, http, peer, context, "
+            "drift, agreement and load."
+        ),
+    ] = "decode,engine,prompt",
     sequences: Annotated[str, typer.Option(help="How many at a time, rows for each.")] = "1,64,256",
-    eager: Annotated[bool, typer.Option(help="Without graphs and kernels, too.")] = True,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="The kernels of a step and of a prompt, too.")
+    ] = False,
+    peer: Annotated[
+        list[GpuPeer] | None,
+        typer.Option(help="The same shape there, too: transformers or vllm; may be repeated."),
+    ] = None,
+    seconds: Annotated[int, typer.Option(min=1, help="How long the random load lasts.")] = 60,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    plot: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A picture, too (.png or .svg): of contexts where they are measured, else of "
+            "shares of the limit; may be repeated. Needs difyops[plot].",
+        ),
+    ] = None,
 ) -> None:
-    """Decoding and prompts beside what the GPU's memory and arithmetic allow. Random weights."""
+    """The engine beside what the GPU's memory and arithmetic allow, and whether it is right there.
+    Random weights."""
     from difyops import report
     from difyops.bench import gpu as measuring
+    from difyops.bench import plot as picture
+    from difyops.bench.gpu_model import Wanted
 
-    shapes = tuple(dict.fromkeys(shape or measuring.SHAPES))
-    numbers = _numbers(sequences, "--sequences")
+    for path in plot or ():
+        picture.check(path)
+    asked = [name.strip() for name in part.split(",")]
+    asked += ["profile"] if profile else []
+    asked += ["peer"] if peer else []
+    usual = Wanted()
+    wanted = Wanted(
+        tuple(dict.fromkeys(shape or usual.shapes)),
+        _numbers(sequences, "--sequences"),
+        parts=tuple(dict.fromkeys(asked)),
+        peers=tuple(dict.fromkeys(peer or usual.peers)),
+        seconds=seconds,
+    )
     with _progress() as progress:
-        found = measuring.run(measuring.Wanted(shapes, numbers, eager=eager), progress)
+        found = measuring.run(wanted, progress)
     _emit(found, report.gpu, json)
+    for path in plot or ():
+        from difyops.bench import gpu_plot
+
+        gpu_plot.draw(found, path)
+    if not found.complete:
+        raise typer.Exit(EXIT_FAILED)
 
 
 @contextmanager

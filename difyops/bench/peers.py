@@ -46,8 +46,8 @@ def native(model: str, threads: int, slots: int) -> Iterator[Target]:
     key = Secret(secrets.token_urlsafe(32))
     command = [sys.executable, "-m", "difyops", "serve", model, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--threads", str(threads), "--slots", str(slots)]
-    with _process(command, {"DIFYOPS_API_KEY": key.reveal()}) as (child, log):
-        _healthy(f"http://127.0.0.1:{port}/health", child, log)
+    with process(command, {"DIFYOPS_API_KEY": key.reveal()}) as (child, log):
+        healthy(f"http://127.0.0.1:{port}/health", child, log)
         yield _ending_late("native", key, f"http://127.0.0.1:{port}/v1")
 
 
@@ -89,7 +89,7 @@ def llamacpp(weights: Path, threads: int, streams: int, context: int) -> Iterato
         path=str(weights), alias="bench", api_key=key, context=context, parallel=streams,
         threads=threads,
     )  # fmt: skip
-    with _worker("difyops.serving.llama_child", {}) as ask:
+    with worker("difyops.serving.llama_child", {}) as ask:
         endpoint = Endpoint(f"{ask(orders)['address']}/v1", "bench", Secret(key))
         # The others have no cached prompt either.
         yield HttpServer("llamacpp", endpoint, {"ignore_eos": True, "cache_prompt": False})
@@ -103,7 +103,7 @@ def transformers(weights: Path, threads: int) -> Iterator[Target]:
     for module in ("torch", "transformers", *(["gguf"] if weights.is_file() else [])):
         _require(module, "transformers" if module == "transformers" else _ENGINE)
     environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-    with _worker("difyops.bench.transformers_child", environment) as ask:
+    with worker("difyops.bench.transformers_child", environment) as ask:
         ask(Orders(weights=str(weights), threads=threads))
         yield _Batches(ask)
 
@@ -142,12 +142,12 @@ def _require(module: str, package: str) -> None:
 
 
 @contextmanager
-def _worker(
+def worker(
     module: str, environment: Mapping[str, str]
 ) -> Iterator[Callable[[Mapping[str, Any]], dict[str, Any]]]:
     """`python -m module`, which answers JSON lines. -> a function from an order to its answer,
     that raises DifyopsError when the process says what is wrong, or ends."""
-    with _process([sys.executable, "-m", module], environment, pipes=True) as (child, log):
+    with process([sys.executable, "-m", module], environment, pipes=True) as (child, log):
 
         def ask(order: Mapping[str, Any]) -> dict[str, Any]:
             if child.stdin is None or child.stdout is None:
@@ -167,7 +167,7 @@ def _worker(
 
 
 @contextmanager
-def _process(
+def process(
     command: list[str], environment: Mapping[str, str], *, pipes: bool = False
 ) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
     """A child and its log. Ctrl-C reaches only us, who then stop it."""
@@ -197,7 +197,7 @@ def _process(
                 child.kill()
 
 
-def _healthy(url: str, child: subprocess.Popen[str], log: IO[str]) -> None:
+def healthy(url: str, child: subprocess.Popen[str], log: IO[str]) -> None:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if child.poll() is not None:

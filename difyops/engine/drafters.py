@@ -261,8 +261,9 @@ class _Head:
             out.copy_(self._model.logits(hidden).argmax(-1, keepdim=True))
             return
         from difyops.engine.kernels import draft as kernel
+        from difyops.engine.kernels.product import quantised
 
-        self._rough = self._rough or kernel.quantised(weight)
+        self._rough = self._rough or quantised(weight)
         kernel.likeliest(hidden, *self._rough, out)
 
 

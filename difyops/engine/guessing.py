@@ -6,21 +6,13 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from difyops.engine.adapt import Adaptive
 from difyops.engine.request import Request
+from difyops.engine.stats import Counters
 from difyops.engine.windows import Windows
 
 log = logging.getLogger("difyops.engine")
-
-
-@dataclass
-class Places:
-    """By place behind the last token: guesses made, and those that came true."""
-
-    drafted: dict[int, int] = field(default_factory=dict)
-    accepted: dict[int, int] = field(default_factory=dict)
 
 
 class Guessing:
@@ -30,14 +22,21 @@ class Guessing:
         self.windows = windows
         self.adaptive = Adaptive(most) if most and fixed is None else None
         self.now = fixed or 0  # for good, where nothing adapts
-        self._measured = 0
+        self._alone = False
+        self._before = 0
         #: Those that may ever be made.
         self.numbers = range(1, most + 1) if self.adaptive else [self.now] * (self.now > 0)
 
     def choose(self, requests: Sequence[Request]) -> int:
         """How many tokens to guess now; the log hears what was settled."""
-        if not any(request.speculate for request in requests):
-            return 0
+        k = self._chosen(requests) if any(request.speculate for request in requests) else 0
+        # A GPU may still be busy with the pass before: one of another kind is measured by itself.
+        self._alone, self._before = self.adaptive is not None and k != self._before, k
+        if self._alone:
+            self.windows.wait()
+        return k
+
+    def _chosen(self, requests: Sequence[Request]) -> int:
         batch, most = len(requests), self.windows.most(requests)
         if self.adaptive is None:
             return min(self.now, most)
@@ -49,21 +48,18 @@ class Guessing:
 
     @contextmanager
     def measured(self, batch: int, k: int) -> Iterator[None]:
-        """Around a pass with `k` guesses. A GPU may still be busy with the pass before, so that one
-        of another kind is measured by itself."""
-        alone, self._measured = k != self._measured, k
-        if self.adaptive is None:
-            yield
-            return
-        if alone:
-            self.windows.wait()
+        """Around a pass with `k` guesses, the number that was chosen last."""
         began = time.monotonic()
         yield
-        if alone:
+        if self._alone:
             self.windows.wait()
-        self.adaptive.took(batch, k, time.monotonic() - began)
+        self.took(batch, k, time.monotonic() - began)
 
-    def learn(self, counts: Places, guessed: Sequence[int], hits: int, judged: int) -> None:
+    def took(self, batch: int, k: int, seconds: float) -> None:
+        if self.adaptive is not None:
+            self.adaptive.took(batch, k, seconds)
+
+    def learn(self, counts: Counters, guessed: Sequence[int], hits: int, judged: int) -> None:
         """Count guesses that came true among the first `judged` ones."""
         tried = min(judged, sum(guess >= 0 for guess in guessed))
         for place in range(tried):

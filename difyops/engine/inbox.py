@@ -8,19 +8,20 @@ from collections.abc import Callable, Iterable
 
 from difyops.engine.request import Output
 
-#: The outputs of one answer, each with the index of its choice.
-Outputs = asyncio.Queue[tuple[int, Output]]
+#: What has come for one answer since the last time, each output with the index of its choice.
+Outputs = asyncio.Queue[list[tuple[int, Output]]]
 
 
-#: Seconds between two hand-overs, for each answer in the first: about what it costs to send them,
-#: so that Python's lock is the engine's for half of the time at least.
-_PAUSE_EACH = 0.0001
-_PAUSE_MOST = 0.02
+#: Seconds between two hand-overs, for each answer in the first: some times what it costs to send
+#: them, so that Python's lock is the engine's for most of the time.
+_PAUSE_EACH = 0.0003
+_PAUSE_MOST = 0.05
 
 
 class Inbox:
-    """One wake-up of the loop carries all that the engine has handed out since the last one: with
-    hundreds of streams, a wake-up for each would cost more than the tokens.
+    """One wake-up of the loop carries all that the engine has handed out since the last one, and
+    wakes each answer once: with hundreds of streams, a wake-up for each token would cost more than
+    the token.
 
     It is not bounded, and so the engine never waits for a slow client; what an answer can pile up
     is bounded by its max_tokens.
@@ -46,11 +47,12 @@ class Inbox:
         # First the flag and then the work: what comes in between causes one wake-up too many, and
         # never one too few.
         self._woken = False
-        answers = set()
+        answers: dict[Outputs, list[tuple[int, Output]]] = {}
         while self._arrived:
             outputs, index, output = self._arrived.popleft()
-            outputs.put_nowait((index, output))
-            answers.add(id(outputs))
+            answers.setdefault(outputs, []).append((index, output))
+        for outputs, arrived in answers.items():
+            outputs.put_nowait(arrived)
         if answers:
             self._woken = True
             pause = min(_PAUSE_EACH * len(answers), _PAUSE_MOST)
@@ -59,16 +61,19 @@ class Inbox:
 
 def merged(arrived: Iterable[tuple[int, Output]]) -> list[tuple[int, Output]]:
     """The outputs of each index as one, in the order of their first: fewer events to write."""
-    whole: dict[int, Output] = {}
-    for index, new in arrived:
-        if (old := whole.get(index)) is None:
-            whole[index] = new
-        else:
-            whole[index] = Output(
-                old.text + new.text,
-                old.tokens + new.tokens,
-                old.logprobs + new.logprobs,
-                new.finish,
-                new.error,
-            )
-    return list(whole.items())
+    by_index: dict[int, list[Output]] = {}
+    for index, output in arrived:
+        by_index.setdefault(index, []).append(output)
+    return [(index, _joined(outputs)) for index, outputs in by_index.items()]
+
+
+def _joined(outputs: list[Output]) -> Output:
+    if len(outputs) == 1:
+        return outputs[0]
+    return Output(
+        "".join(output.text for output in outputs),
+        tuple(token for output in outputs for token in output.tokens),
+        tuple(logprob for output in outputs for logprob in output.logprobs),
+        outputs[-1].finish,
+        outputs[-1].error,
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,14 @@ from torch import Tensor, nn
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype for sums and states: float32, or float64 where everything is."""
     return torch.promote_types(dtype, torch.float32)
+
+
+class RowNorm(NamedTuple):
+    """An RMS norm as a kernel takes it: x / rms(x) * (weight + offset), weight [K]."""
+
+    weight: Tensor
+    eps: float
+    offset: float = 0.0
 
 
 class Fusible(nn.Module):
@@ -22,13 +32,34 @@ class Fusible(nn.Module):
         self.fused = True
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear of a fused module."""
-    if x.numel() > x.shape[-1]:
-        return F.linear(x, weight, bias)
-    from difyops.engine.kernels import product
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: RowNorm | None = None,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """F.linear(norm(x)) of a fused module. With `onto` it is added to that, which may change."""
+    from difyops.engine.kernels import product as kernel
+    from difyops.engine.kernels.norm import rms_norm
 
-    return product.row(x, weight, bias)
+    if x.numel() <= kernel.FEW * x.shape[-1]:
+        return kernel.row(x, weight, bias, norm=norm, onto=onto)
+    if norm is not None:
+        x = rms_norm(x, norm, weight.dtype)
+    elif x.dtype != weight.dtype:
+        x = x.to(weight.dtype)
+    if onto is None:
+        return F.linear(x, weight, bias)
+    if bias is not None:
+        return onto + F.linear(x, weight, bias)
+    flat = onto.flatten(0, -2)
+    if onto.dtype == weight.dtype:
+        flat.addmm_(x.flatten(0, -2), weight.mT)
+    else:
+        torch.addmm(flat, x.flatten(0, -2), weight.mT, out_dtype=onto.dtype, out=flat)
+    return onto
 
 
 class Joined:
@@ -44,20 +75,36 @@ class Joined:
         for layer, part in zip(layers, torch.split(self._weight, self._sizes), strict=True):
             layer.weight.data = part
 
-    def whole(self, x: Tensor) -> Tensor:
-        """[..., width] -> what all layers answer, side by side."""
-        return product(x, self._weight, self._bias)
+    def whole(self, x: Tensor, norm: RowNorm | None = None) -> Tensor:
+        """[..., width] -> what all layers answer of norm(x), side by side."""
+        return product(x, self._weight, self._bias, norm=norm)
 
-    def gated(self, x: Tensor) -> Tensor:
+    def gated(self, x: Tensor, norm: RowNorm | None = None) -> Tensor:
         """silu of what the first of two layers answers, times what the second does."""
-        from difyops.engine.kernels import norm, product
+        from difyops.engine.kernels import norm as norms
+        from difyops.engine.kernels import product as kernel
 
-        if x.numel() == x.shape[-1]:
-            return product.silu_row(x, self._weight, self._bias)
-        return norm.silu_product(self.whole(x))
+        if x.numel() <= kernel.FEW * x.shape[-1]:
+            return kernel.row(x, self._weight, self._bias, norm=norm, silu=True)
+        return norms.silu_product(self.whole(x, norm))
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(self.whole(x), self._sizes, dim=-1)
+    def __call__(self, x: Tensor, norm: RowNorm | None = None) -> tuple[Tensor, ...]:
+        return torch.split(self.whole(x, norm), self._sizes, dim=-1)
+
+
+class Residual(Fusible):
+    """A branch of a block. Once it has `taken` the block's norm in, it answers x + branch(norm(x))
+    where it answered branch(x): neither the norm nor the addition is then a launch of its own, and
+    x may change."""
+
+    taken: RowNorm | None = None
+
+    def take(self, norm: RMSNorm) -> None:
+        self.taken = norm.over_rows
+
+    def onto(self, x: Tensor) -> Tensor | None:
+        """What the branch is added to, given its input."""
+        return None if self.taken is None else x
 
 
 class RMSNorm(Fusible):
@@ -75,18 +122,19 @@ class RMSNorm(Fusible):
 
     def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """x + delta, and its norm."""
-        if not self.fused:
-            x = x + delta
-            return x, self(x)
-        from difyops.engine.kernels.norm import add_norm
+        x = x + delta
+        return x, self(x)
 
-        return add_norm(x, delta, self.weight, self.eps, self.offset)
+    @property
+    def over_rows(self) -> RowNorm:
+        """As a kernel takes it."""
+        return RowNorm(self.weight, self.eps, self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
-            from difyops.engine.kernels.norm import add_norm
+            from difyops.engine.kernels.norm import rms_norm
 
-            return add_norm(x, None, self.weight, self.eps, self.offset)[1]
+            return rms_norm(x, self.over_rows, self.weight.dtype)
         h = x.to(wide(x.dtype))
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         if self.offset:
@@ -127,7 +175,7 @@ class GatedRMSNorm(Fusible):
         return (h if self.gate_first else h * opened).to(gate.dtype)
 
 
-class GatedMLP(Fusible):
+class GatedMLP(Residual):
     """down(silu(gate(x)) * up(x)): SwiGLU (arXiv:2002.05202)."""
 
     def __init__(self, width: int, hidden: int, bias: bool = False) -> None:
@@ -144,8 +192,8 @@ class GatedMLP(Fusible):
     def forward(self, x: Tensor) -> Tensor:
         down: Tensor
         if self.fused:
-            down = product(self._inward.gated(x), self.down_proj.weight, self.down_proj.bias)
-            return down
+            gated = self._inward.gated(x, self.taken)
+            return product(gated, self.down_proj.weight, self.down_proj.bias, onto=self.onto(x))
         down = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return down
 

@@ -120,7 +120,9 @@ class Request:
     """One sequence on its way through the engine.
 
     `tokens` is the prompt and what was generated; the first `computed` of them are in the state of
-    `slot`. A request that waits, or that was preempted, has no slot and nothing computed.
+    `slot`, once all that was launched is done. The model may be ahead of what the host has seen of
+    its tokens: then as many are computed as are known, or one more. A request that waits, or that
+    was preempted, has no slot and nothing computed.
     Without `speculate` nothing is guessed for it; states that are kept serve only requests with
     the same `salt`. Neither changes a token.
     """
@@ -140,6 +142,8 @@ class Request:
     slot: int | None = field(default=None, init=False)
     cancelled: bool = field(default=False, init=False)
     finish: FinishReason | None = field(default=None, init=False)
+    #: The stop token that ended it, which is none of its `tokens`.
+    ended_by: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -155,7 +159,8 @@ class Request:
 
     @property
     def pending(self) -> int:
-        """Tokens that are known but not in the state yet; 1 is a decode step."""
+        """Tokens that are known but not in the state yet; 1 is a decode step, and so is 0: the
+        token to be read next is then on its way to the host."""
         return len(self.tokens) - self.computed
 
 

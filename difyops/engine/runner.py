@@ -6,59 +6,33 @@ import copy
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from difyops.engine import graphs, kernels, sample, windows
-from difyops.engine.guessing import Guessing, Places
+from difyops.engine.flight import Flight
+from difyops.engine.guessing import Guessing
+from difyops.engine.keeping import Keeping
 from difyops.engine.models.decoder import Decoder
-from difyops.engine.prefix import PrefixCache, Usage
+from difyops.engine.prefix import PrefixCache
 from difyops.engine.request import EngineStopped, FinishReason, Output, Request, TokenLogprob
 from difyops.engine.scheduler import Batch, Limits, Scheduler, Span
 from difyops.engine.slots import IntegrityError
 from difyops.engine.speculate import Drafter, Read, state_specs
 from difyops.engine.state import Snapshot, StatePool, StateSpec
+from difyops.engine.stats import Counters, Stats
+from difyops.engine.transfer import sent
 
 log = logging.getLogger("difyops.engine")
 
+T = TypeVar("T")
 #: Takes what one step adds to a request; called on the engine's thread, so it must not block.
 Deliver = Callable[[Output], None]
-
-
-@dataclass
-class Counters(Places):
-    """What has happened since the start."""
-
-    steps: int = 0
-    prompt_tokens: int = 0  # read, again after a preemption
-    generated_tokens: int = 0
-    finished: dict[FinishReason, int] = field(
-        default_factory=lambda: dict.fromkeys(FinishReason, 0)
-    )
-    #: Sequences in decoding passes of the model, summed: without guesses each makes one token.
-    passes: int = 0
-
-
-@dataclass(frozen=True)
-class Stats:
-    """The engine at one moment. Bytes are those allocated."""
-
-    running: int
-    waiting: int
-    slots: int
-    free_slots: int
-    pages: int
-    free_pages: int
-    preemptions: int
-    slot_bytes: int
-    token_bytes: int
-    state_bytes: int
-    counters: Counters
-    prefix: Usage | None  # None: no prefix cache
-    guesses: int  # of the last pass, for each sequence
 
 
 def joined(before: Output | None, after: Output) -> Output:
@@ -124,6 +98,7 @@ class Engine:
         self.cache: PrefixCache[Snapshot] | None = (
             PrefixCache(prefix_bytes, self.pool.drop) if prefix_bytes else None
         )
+        self._keeping = Keeping(self.cache, self.pool)
         self._scheduler = Scheduler(
             self.pool.table,
             Limits(
@@ -133,10 +108,13 @@ class Engine:
                 window,
                 block=self.cache.block if self.cache is not None else 0,
             ),
-            self._kept,
-            self._resume,
-            self._reclaim,
+            self._keeping.longest,
+            self._keeping.resume,
+            self._keeping.reclaim,
         )
+        #: What was launched, and not seen yet.
+        self._flight: Flight | None = None
+        self._landed = 0.0
         self._deliver: dict[Request, Deliver] = {}
         self._counters = Counters()
         #: Guards the scheduler; never held while the model runs.
@@ -222,26 +200,25 @@ class Engine:
         self.model.logits(hidden)
         self.pool.release(slot)
         if graphs.possible(self.model):
-            self._steps = graphs.Captured(self.model, self.pool, windows.reader(self.drafter))
+            self._capture()
+
+    def _capture(self) -> None:
+        record, reader = graphs.Recorder(), windows.reader(self.drafter)
+        self._steps = graphs.Captured(self.model, self.pool, record, reader)
         if self._guessing is None or self.drafter is None:
             return
         if windows.possible(self.model, self.drafter):
             numbers = self._guessing.numbers
-            self._guessing.windows = windows.Captured(self.model, self.pool, self.drafter, numbers)
+            self._guessing.windows = windows.Captured(
+                self.model, self.pool, self.drafter, numbers, record
+            )
 
     @torch.inference_mode()
     def _main(self) -> None:
         try:
             while (batch := self._next()) is not None:
-                try:
-                    outputs = self._run(batch)
-                except IntegrityError:
-                    raise
-                except Exception as error:
-                    log.exception("a step failed")
-                    self._fail(batch, f"the model failed: {type(error).__name__}")
-                else:
-                    self._hand_out(batch, outputs)
+                self._pass(batch)
+            self._land(self._flight)
         except BaseException as error:  # a panic of Rust's is no Exception
             log.exception("the engine ends")
             self.failure = f"{type(error).__name__}: {error}"
@@ -249,76 +226,135 @@ class Engine:
             self._end()
 
     def _next(self) -> Batch | None:
-        """The next work, waited for; None when the engine is to end."""
+        """The next work, waited for; None when the engine is to end. An empty batch: there is
+        nothing to do but to take in what was launched."""
         with self._turn:
             while not self._stopping:
                 for request in self._scheduler.cancelled():
                     self._finish(request, Output(finish=FinishReason.CANCELLED))
-                if batch := self._scheduler.next():
+                if (batch := self._scheduler.next()) or self._flight is not None:
                     self.pool.sync()
                     return batch
                 self.pool.check()
                 self._turn.wait()
             return None
 
-    def _run(self, batch: Batch) -> dict[Request, Output]:
+    def _pass(self, batch: Batch) -> None:
+        """Run the batch. What the one before it chose is taken in meanwhile, or where the host has
+        to know it, before."""
+        k = self._guessing.choose(batch.decode) if self._guessing and batch.decode else 0
+        before, self._flight = self._flight, None
+        if batch and not k and self._steps.ahead and all(map(sample.is_free, batch.requests)):
+            self._flight = self._tried(batch, lambda: self._launch(batch))
+            self._land(before)
+            return
+        self._land(before)
+        if batch := batch.running():
+            outputs = self._tried(batch, lambda: self._run(batch, k))
+            if outputs is not None:
+                self._hand_out(batch, outputs)
+
+    def _tried(self, batch: Batch, work: Callable[[], T]) -> T | None:
+        """What `work` answers; None where it failed, which has ended the batch's requests."""
+        try:
+            return work()
+        except IntegrityError:
+            raise
+        except Exception as error:
+            log.exception("a step failed")
+            self._fail(batch, f"the model failed: {type(error).__name__}")
+            return None
+
+    def _launch(self, batch: Batch) -> Flight:
+        flight = Flight(batch, time.monotonic())
+        if batch.prefill:
+            read = self._prefill(batch.prefill)
+            done = [span.request for span in batch.prefill if span.last]
+            flight.add(self._steps, read, done)
+        if batch.decode:
+            flight.add(self._steps, self._step(batch.decode), batch.decode)
+        return flight
+
+    def _land(self, flight: Flight | None) -> None:
+        """Take in what a flight chose; whoever has ended since it was launched is past it."""
+        if flight is None:
+            return
+        chosen = self._tried(flight.batch, flight.land)
+        if chosen is None:
+            return
+        outputs = {
+            request: self._accept(request, sample.known(token))
+            for request, token in chosen
+            if request.finish is None
+        }
+        began, self._landed = max(flight.began, self._landed), time.monotonic()
+        if self._guessing is not None and not flight.batch.prefill:
+            self._guessing.took(len(flight.batch.decode), 0, self._landed - began)
+        self._hand_out(flight.batch, outputs)
+
+    def _run(self, batch: Batch, k: int) -> dict[Request, Output]:
         """The model over the batch, and what it adds to each request whose token was due."""
         outputs: dict[Request, Output] = {}
         if batch.prefill:
-            hidden = self._prefill(batch.prefill)
+            read = self._prefill(batch.prefill)
             done = [span.request for span in batch.prefill if span.last]
-            self._judge(done, self.model.logits(hidden)[:, None], [[]] * len(done), outputs)
-        if batch.decode:
-            # The last token of a prompt may be all that is left to read of it.
-            self._counters.prompt_tokens += sum(not request.count for request in batch.decode)
-            self._counters.passes += len(batch.decode)
-            self._decode(batch.decode, outputs)
+            self._choose(done, read, outputs)
+        if batch.decode and self._guessing is None:
+            self._choose(batch.decode, self._step(batch.decode), outputs)
+        elif batch.decode and self._guessing is not None:
+            with self._guessing.measured(len(batch.decode), k):
+                if k:
+                    self._speculate(self._guessing, batch.decode, k, outputs)
+                else:
+                    self._choose(batch.decode, self._step(batch.decode), outputs)
         return outputs
 
-    def _decode(self, requests: Sequence[Request], outputs: dict[Request, Output]) -> None:
-        if self._guessing is None:
-            self._step(requests, outputs)
-            return
-        k = self._guessing.choose(requests)
-        with self._guessing.measured(len(requests), k):
-            if k:
-                self._speculate(self._guessing, requests, k, outputs)
-            else:
-                self._step(requests, outputs)
+    def _choose(
+        self, requests: Sequence[Request], stepped: graphs.Stepped, outputs: dict[Request, Output]
+    ) -> None:
+        """The next token of each."""
+        best = None if stepped.best is None else [[token] for token in stepped.best]
+        self._judge(requests, stepped.logits[:, None], [[]] * len(requests), outputs, best)
 
-    def _prefill(self, spans: Sequence[Span]) -> Tensor:
-        """Hidden states behind the prompts that are read to their end: [R, width]."""
-        tokens, bounds, last = [], [0], []
+    def _prefill(self, spans: Sequence[Span]) -> graphs.Stepped:
+        """The logits are of the prompts that are read to their end."""
+        tokens, bounds = [], [0]
         for span in spans:
             tokens += span.request.tokens[span.start : span.stop]
             bounds.append(len(tokens))
-            if span.last:
-                last.append(len(tokens) - 1)
-        slots = self._slots([span.request for span in spans])
-        read = self._tensor(tokens), self._tensor(bounds)
-        hidden = self.model.prefill(read[0], self.pool, slots, read[1])
-        self._drafter_reads(read[0], hidden, slots, read[1])
+        ends = [i for i, span in enumerate(spans) if span.last]
+        slots = [span.request.slot or 0 for span in spans]
+        read = self._steps.read(tokens, bounds, slots, ends)
+        self._drafter_reads(read.tokens, read.hidden, read.slots, read.bounds)
         for span in spans:
             span.request.computed = span.stop
-            self._keep(span.request)
-        return hidden[self._tensor(last)]
+            with self._turn:
+                self._keeping.keep(span.request)
+        return read
 
-    def _step(self, requests: Sequence[Request], outputs: dict[Request, Output]) -> None:
-        """One token each."""
-        tokens = [request.tokens[-1] for request in requests]
+    def _step(self, requests: Sequence[Request]) -> graphs.Stepped:
+        """One token each: the last one, or the one that is chosen by then."""
+        self._read_in(requests)
+        tokens = [r.tokens[-1] if r.pending else graphs.CHOSEN for r in requests]
         step = self._steps.run(tokens, [request.slot or 0 for request in requests])
         if not self._steps.drafted:
             self._drafter_reads(step.tokens, step.hidden, step.slots, step.bounds)
         for request in requests:
             request.computed += 1
-        best = [[token] for token in step.best] if step.best is not None else None
-        self._judge(requests, step.logits[:, None], [[]] * len(tokens), outputs, best)
+        return step
+
+    def _read_in(self, requests: Sequence[Request]) -> None:
+        """Count a pass. The last token of a prompt may be all that is left to read of it."""
+        self._counters.passes += len(requests)
+        last = sum(request.computed < len(request.prompt) for request in requests)
+        self._counters.prompt_tokens += last
 
     def _speculate(
         self, guessing: Guessing, requests: Sequence[Request], k: int,
         outputs: dict[Request, Output],
     ) -> None:  # fmt: skip
         """One token each, and of `k` guesses behind it those that come true."""
+        self._read_in(requests)
         seen = guessing.windows.run(requests, k, self.context)
         # One that wants no guesses goes along with the others' window.
         guesses = [
@@ -377,42 +413,6 @@ class Engine:
         if self.drafter is not None:
             self.drafter.read(Read(tokens, hidden, slots, cu), self.pool)
 
-    def _kept(self, request: Request) -> tuple[int, int]:
-        """Tokens, and pages to share, of the longest kept beginning. The turn is held."""
-        found = self.cache.find(request.tokens, request.salt) if self.cache is not None else None
-        return (found.length, self.pool.table.shared(found.lease)) if found is not None else (0, 0)
-
-    def _resume(self, request: Request) -> int:
-        """Put the longest kept beginning of the request into its new slot. The turn is held."""
-        if self.cache is None or request.slot is None:
-            return 0
-        usage = self.cache.usage
-        usage.looked_up += len(request.tokens)
-        found = self.cache.find(request.tokens, request.salt)
-        if found is None:
-            return 0
-        try:
-            self.pool.restore(request.slot, found)
-        except MemoryError:
-            return 0
-        usage.reused += found.length
-        request.reused = max(request.reused, min(found.length, len(request.prompt)))
-        return found.length
-
-    def _reclaim(self) -> bool:
-        return self.cache is not None and self.cache.evict()
-
-    def _keep(self, request: Request) -> None:
-        """Keep the state of the request as it is now, for whoever begins alike."""
-        if self.cache is None or request.slot is None or not request.computed:
-            return
-        tokens = request.tokens[: request.computed]
-        with self._turn:
-            if not self.cache.has(tokens, request.salt):
-                snapshot = self.pool.snapshot(request.slot)
-                size = self.pool.snapshot_bytes(snapshot)
-                self.cache.keep(tokens, snapshot, size, request.salt)
-
     def _hand_out(self, batch: Batch, outputs: Mapping[Request, Output]) -> None:
         with self._turn:
             self._counters.steps += 1
@@ -424,7 +424,7 @@ class Engine:
                     self._deliver[request](output)
                 else:
                     if output.finish is not FinishReason.ERROR:
-                        self._keep(request)
+                        self._keeping.keep(request)
                     self._finish(request, output)
 
     def _accept(self, request: Request, choice: TokenLogprob | Exception) -> Output:
@@ -441,6 +441,7 @@ class Engine:
     def _taken_in(self, request: Request, choice: TokenLogprob) -> Output:
         token, params = choice.token, request.sampling
         if token in params.stop_ids:
+            request.ended_by = token
             return Output(text=request.text.flush(), finish=FinishReason.STOP)
         self._counters.generated_tokens += 1
         request.tokens.append(token)
@@ -450,7 +451,7 @@ class Engine:
             request.constraint.advance(token)
         if request.text.stopped or (request.constraint and request.constraint.finished):
             finish = FinishReason.STOP
-        elif request.count >= params.max_tokens or len(request.tokens) >= self.context:
+        elif self._scheduler.full(request):
             finish = FinishReason.LENGTH
         if finish is not None:
             text += request.text.flush()
@@ -468,7 +469,7 @@ class Engine:
     def _fail(self, batch: Batch, error: str) -> None:
         """A step went wrong: its sequences' states can no longer be trusted."""
         with self._turn:
-            for request in (*(span.request for span in batch.prefill), *batch.decode):
+            for request in batch.running().requests:
                 self._finish(request, Output(finish=FinishReason.ERROR, error=error))
 
     def _end(self) -> None:
@@ -482,4 +483,4 @@ class Engine:
         return self._tensor([request.slot or 0 for request in requests])
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return sent(values, self.device)

@@ -54,6 +54,17 @@ class Batch:
     def __bool__(self) -> bool:
         return bool(self.prefill or self.decode)
 
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        return (*(span.request for span in self.prefill), *self.decode)
+
+    def running(self) -> Batch:
+        """Without those that have ended since it was chosen."""
+        return Batch(
+            tuple(span for span in self.prefill if span.request.finish is None),
+            tuple(request for request in self.decode if request.finish is None),
+        )
+
 
 class Scheduler:
     """Oldest first in everything: an older request may take the pages of a younger one, so the
@@ -108,6 +119,8 @@ class Scheduler:
                 continue
             if request.pending > 1:
                 reading.append(request)
+            elif request.pending < 1 and self.full(request, 1):
+                continue  # its last token is on its way
             elif self._grow(request, request.computed + self.limits.window):
                 decode.append(request)
         spans = []
@@ -127,6 +140,13 @@ class Scheduler:
             return stop
         boundary = (stop - 1) // self.limits.block * self.limits.block
         return boundary if boundary > request.computed else stop
+
+    def full(self, request: Request, more: int = 0) -> bool:
+        """Whether it may not grow on, with `more` tokens than are known."""
+        return (
+            request.count + more >= request.sampling.max_tokens
+            or len(request.tokens) + more >= self.limits.context
+        )
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """The request has ended; its slot is free at once."""

@@ -30,8 +30,8 @@ from difyops.loopback import is_loopback
 from difyops.serving import process
 
 if TYPE_CHECKING:
-    from difyops.engine.runner import Stats
     from difyops.engine.service import Service
+    from difyops.engine.stats import Stats
 
 log = logging.getLogger("difyops.engine")
 
@@ -42,8 +42,9 @@ LOOK_EVERY = 0.25
 T = TypeVar("T")
 
 
-def serve(config: EngineConfig) -> int:
-    """Serve until a signal comes. Returns the exit code; see __main__.
+def serve(config: EngineConfig, opened: Callable[[Service], None] | None = None) -> int:
+    """Serve until a signal comes. Returns the exit code; see __main__. `opened` puts the models
+    into the service, in place of `load`.
 
     Raises PrerequisiteError when a package is missing or the port cannot be had.
     """
@@ -55,10 +56,10 @@ def serve(config: EngineConfig) -> int:
     process.require(needed, "engine")
     if config.key is None and not is_loopback(config.host):
         log.warning("%s without an API key: whoever reaches it may use it", config.host)
-    if config.llm is not None:
+    if config.llm is not None and opened is None:
         check(config.llm)
     with process.listen(config.host, config.port) as listener:
-        code = asyncio.run(_serve(config, listener))
+        code = asyncio.run(_serve(config, listener, opened))
     if _loader_runs():
         # Loading cannot be interrupted, and there is nothing to lose in it.
         logging.shutdown()
@@ -114,7 +115,9 @@ class _Server(process.Server):
         return await super().on_tick(counter) and idle
 
 
-async def _serve(config: EngineConfig, listener: socket.socket) -> int:
+async def _serve(
+    config: EngineConfig, listener: socket.socket, opened: Callable[[Service], None] | None = None
+) -> int:
     from difyops.engine.service import Service
 
     service = Service(config)
@@ -122,18 +125,20 @@ async def _serve(config: EngineConfig, listener: socket.socket) -> int:
     port = listener.getsockname()[1]
     log.info("listening on http://%s:%d", config.host, port)
     try:
-        return await process.run(server, listener, _keep(service, server, port))
+        return await process.run(server, listener, _keep(service, server, port, opened or load))
     finally:
         if service.llm is not None:
             await asyncio.to_thread(service.llm.engine.stop)
         log.info("stopped")
 
 
-async def _keep(service: Service, server: _Server, port: int) -> int:
+async def _keep(
+    service: Service, server: _Server, port: int, opened: Callable[[Service], None]
+) -> int:
     """Load, then watch. Returns only when the service cannot go on, with the exit code."""
     began = time.monotonic()
     try:
-        await _in_thread(lambda: load(service))
+        await _in_thread(lambda: opened(service))
     except DifyopsError as error:
         process.log_error(log, error)
         code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_CANNOT_START

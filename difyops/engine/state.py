@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from difyops.engine.slots import Lease, SlotTable
+from difyops.engine.transfer import sent
 
 #: Tokens of one page.
 PAGE_SIZE = 16
@@ -184,6 +185,8 @@ class StatePool:
             pages = slots * per_slot
         self.table = SlotTable(slots, pages if paged else 0, page_size)
         self._page_rows = torch.zeros(slots + 1, per_slot, dtype=torch.int64, device=device)
+        #: What the page rows hold, without the zeros behind.
+        self._written: list[Sequence[int]] = [()] * (slots + 1)
         self._slot_tensors: list[tuple[TensorSpec, Tensor]] = []
         self._token_tensors: list[Tensor] = []
         self._replay_tensors: list[Tensor] = []
@@ -258,22 +261,31 @@ class StatePool:
                 tensor[:, slot] = spec.fill
             for track in (self.main, *self.drafting):
                 track.lengths[slot] = 0
-        if self.table.moved:
-            slots, width = sorted(self.table.moved), self._page_rows.shape[1]
-            rows = [self.table.pages_of(slot) for slot in slots]
-            padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-            self._page_rows[slots] = padded.to(self._page_rows.device)
+        changed = [place for slot in self.table.moved for place in self._rewritten(slot)]
+        if changed:
+            slots, places, pages = sent(changed, self._page_rows.device).T
+            self._page_rows[slots, places] = pages
         self.table.fresh.clear()
         self.table.moved.clear()
+
+    def _rewritten(self, slot: int) -> list[tuple[int, int, int]]:
+        """(slot, place, page) of what its page row is to hold and does not yet."""
+        before, now = self._written[slot], tuple(self.table.pages_of(slot))
+        self._written[slot] = now
+        same = len(before) if now[: len(before)] == before else 0
+        pages = (*now[same:], *[0] * (len(before) - len(now)))
+        return [(slot, place, page) for place, page in enumerate(pages, same)]
 
     def advance(self, slots: Tensor, tokens: Tensor) -> None:
         """The model's layers have folded `tokens` ([B]) more tokens into `slots` ([B])."""
         self.main.advance(slots, tokens)
 
-    def snapshot(self, slot: int) -> Snapshot:
-        """The state of `slot` now. It keeps pages until it is dropped."""
+    def snapshot(self, slot: int, length: int | None = None) -> Snapshot:
+        """The state of `slot` now. It keeps pages until it is dropped. Whoever knows its `length`
+        spares a wait for the GPU."""
         self.sync()
-        length = int(self.lengths[slot])
+        if length is None:
+            length = int(self.lengths[slot])
         drafted = tuple(int(track.lengths[slot]) for track in self.drafting)
         # What drafts has read less than the model, and writes its rows of the rest later.
         lease = self.table.lease(slot, length, min((length, *drafted)))

@@ -134,9 +134,9 @@ class Answer(Response):
         """
         if self._error is not None:
             raise self._error
-        arrived = [await self._outputs.get()]
+        arrived = await self._outputs.get()
         while not self._outputs.empty():
-            arrived.append(self._outputs.get_nowait())
+            arrived += self._outputs.get_nowait()
         chunks = [chunk for index, output in merged(arrived) for chunk in self._take(index, output)]
         if self._error is not None and not chunks:
             raise self._error

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +30,6 @@ MOST_TOKENS = 512
 STOPS = 4
 #: Rows of what is sent: each sequence's last token, slot and room, then stop tokens, then guesses.
 _LAST, _SLOT, _ROOM, _STOP, _GUESS = 0, 1, 2, 3, 3 + STOPS
-
-Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -127,45 +125,28 @@ def _settles(mixer: Mixer) -> bool:
     return mixer.graphable and in_place
 
 
-def judge(guesses: Tensor, answers: Tensor, room: Tensor, stops: Tensor, last: Tensor) -> None:
+def judge(
+    guesses: Tensor, best: Tensor, room: Tensor, stops: Tensor, answers: Tensor, last: Tensor,
+    fused: bool = False,
+) -> None:  # fmt: skip
     """Find how many places of each row count: those up to the first wrong guess, behind a stop
     token none, and at most `room`.
 
-    guesses [B, k]; answers [B, …]: the count, 1 + k best tokens, which are there already, and the
-    guesses; room [B]; stops [B, S]; `last` [B] becomes the best token of the last that counts.
+    guesses [B, k], best [B, 1 + k], room [B], stops [B, S]. A row of answers ([B, 2 + 2 k]) becomes
+    the count, the best tokens and the guesses, and `last` ([B]) the best token of the last place
+    that counts.
     """
-    k = guesses.shape[1]
-    if graphs.in_triton(answers):
+    if fused:
         from difyops.engine.kernels import draft as kernel
 
-        kernel.judge(guesses, answers, room, stops, last, k)
+        kernel.judge(guesses, best, room, stops, answers, last)
         return
-    best = answers[:, 1 : 2 + k]
     before = best[:, :-1]
     going = (guesses == before) & (guesses >= 0)
     going &= ~(before[:, :, None] == stops[:, None]).any(-1)
-    answers[:, 0] = torch.minimum(1 + going.cumprod(1).sum(1), room)
-    answers[:, 2 + k : 2 + 2 * k] = guesses
-    last.copy_(best.gather(1, (answers[:, :1] - 1).clamp_min(0))[:, 0])
-
-
-class Recorder:
-    """Makes graphs, which share their memory: no two run at the same time."""
-
-    def __init__(self) -> None:
-        self._memory: Any = None
-
-    def __call__(self, work: Work) -> Work:
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            work()  # compiles, and lets libraries allocate what they keep
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            work()
-        self._memory = graph.pool()
-        return graph.replay
+    count = torch.minimum(1 + going.cumprod(1).sum(1), room)[:, None]
+    answers.copy_(torch.cat((count, best, guesses), dim=1))
+    last.copy_(best.gather(1, (count - 1).clamp_min(0))[:, 0])
 
 
 class _Buffers:
@@ -176,10 +157,12 @@ class _Buffers:
         pinned = weight.is_cuda
         self.sent = torch.zeros(_GUESS + most, slots, dtype=torch.int64, pin_memory=pinned)
         self.inputs = torch.zeros_like(self.sent, device=weight.device)
-        #: Of each sequence: places accepted, the best token of each place, the guesses.
-        self.answers = self.inputs.new_zeros(slots, 2 + 2 * most)
+        #: Of each sequence, a column: places accepted, the best token of each place, the guesses.
+        #: Kernels read the first row as it lies.
+        self.answers = self.inputs.new_zeros(2 + 2 * most, slots)
         self.heard = torch.zeros(self.answers.shape, dtype=torch.int64, pin_memory=pinned)
         self.window = self.inputs.new_zeros(rows)
+        self.best = self.inputs.new_zeros(rows)
         self.logits = weight.new_zeros(rows, model.shape.vocabulary)
 
     def ask(self) -> None:
@@ -191,7 +174,7 @@ class _Pass:
 
     def __init__(
         self, model: Decoder, pool: StatePool, drafter: Drafter, buffers: _Buffers, size: int,
-        k: int, record: Callable[[Work], Work],
+        k: int, record: Callable[[graphs.Work], graphs.Work],
     ) -> None:  # fmt: skip
         self.size, self.k = size, k
         self._model, self._pool = model, pool
@@ -204,8 +187,9 @@ class _Pass:
         if self._on_device is None:
             self._guesses = buffers.inputs[_GUESS : _GUESS + k, :size].T
         self.logits = buffers.logits[:rows].view(size, 1 + k, -1)
-        self._answers = buffers.answers[:size]
-        self.accepted = self._answers[:, 0]
+        self._best = buffers.best[:rows].view(size, 1 + k)
+        self._answers = buffers.answers[: 2 + 2 * k, :size].T
+        self.accepted = buffers.answers[0, :size]
         self.draft, self.verify, self.settle = map(
             record, (self._draft, self._verify, self._settle)
         )
@@ -219,14 +203,16 @@ class _Pass:
 
     def _verify(self) -> None:
         self._hidden = self._model.verify(self._window, self._pool, self._slots)
-        flat = self.logits.flatten(0, 1)
-        torch.mm(self._hidden.flatten(0, 1), self._model.head.weight.T, out=flat)
-        best = self._answers[:, 1 : 2 + self.k]
-        graphs.best(flat, best)
+        graphs.score(
+            self._model, self._hidden.flatten(0, 1), self.logits.flatten(0, 1), self._best.flatten()
+        )
         guesses = self._guesses
         if self._on_device is not None:
-            guesses = self._on_device.judged(guesses, best[:, :-1])
-        judge(guesses, self._answers, self._room, self._stops, self._last)
+            guesses = self._on_device.judged(guesses, self._best[:, :-1])
+        judge(
+            guesses, self._best, self._room, self._stops, self._answers, self._last,
+            self._model.fused,
+        )  # fmt: skip
 
     def _settle(self) -> None:
         self._model.commit(self._pool, self._slots, self.accepted)
@@ -245,12 +231,12 @@ class Captured:
         pool: StatePool,
         drafter: Drafter,
         guesses: Sequence[int],
-        record: Callable[[Work], Work] | None = None,
+        record: Callable[[graphs.Work], graphs.Work] | None = None,
     ) -> None:
-        """`record` makes a graph of some work, as a Recorder does."""
+        """`record` makes a graph of some work, as a graphs.Recorder does."""
         self.name = drafter.name
         self._drafter, self._pool = drafter, pool
-        record = record or Recorder()
+        record = record or graphs.Recorder()
         forms = [
             (size, k)
             for size in reversed(graphs.sizes(pool.table.slots))
@@ -290,7 +276,7 @@ class Captured:
             if isinstance(self._drafter, OnDevice):
                 this.draft()
         ready()
-        heard = buffers.heard[:count].tolist()
+        heard = buffers.heard[:, :count].T.tolist()
         taken = [row[0] for row in heard]
         if alone and isinstance(self._drafter, OnDevice):
             self._ahead = this, _where(requests, taken)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from difyops.bench import gpu
 from difyops.engine import graphs, kernels, sample
 from difyops.engine.request import Request, SamplingParams
-from difyops.errors import PrerequisiteError, UsageError
 from tests.engine import tiny
 from tests.engine.test_scheduler import NoText
 
@@ -38,22 +35,3 @@ def test_what_is_best_already_is_not_looked_for() -> None:
     assert isinstance(chosen[2], ValueError)
     (drawn,) = sample.choose(logits[3:], asked[3:])
     assert getattr(chosen[3], "token", None) == getattr(drawn, "token", "none")
-
-
-def test_bench_gpu_says_what_it_needs() -> None:
-    class Silent:
-        def __getattr__(self, name: str) -> object:
-            raise AssertionError("nothing is measured")
-
-    with pytest.raises(UsageError, match="'big' is not one"):
-        gpu.run(gpu.Wanted(("big",)), Silent())  # type: ignore[arg-type]
-    if not torch.cuda.is_available():
-        with pytest.raises(PrerequisiteError, match="no GPU"):
-            gpu.run(gpu.Wanted(), Silent())  # type: ignore[arg-type]
-
-
-def test_a_share_is_of_the_limit() -> None:
-    row = gpu.Row("a", "step", 2, 0.5, 4.0, 8.0)
-    found = gpu.Found("a GPU", gpu.Limits(4e12, 8e14), (row,))
-    assert found.as_json()["rows"][0]["share"] == 0.5
-    assert gpu.table(found)[1] == ["a", "step", "2 sequences", "500.00", "4", "8", "50%"]

@@ -146,8 +146,8 @@ def test_places_count_up_to_the_first_that_does_not() -> None:
     best = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 8], [-1, 6, 7, 8]])
     room = torch.tensor([9, 9, 2, 9, 9])
     stops = torch.tensor([[-1], [-1], [-1], [6], [-1]])
-    answers, last = torch.cat((best[:, :1], best, guesses), dim=1), room.clone()
-    windows.judge(guesses, answers, room, stops, last)
+    answers, last = torch.zeros(5, 8, dtype=torch.int64), room.clone()
+    windows.judge(guesses, best, room, stops, answers, last)
     assert answers[:, 0].tolist() == [4, 2, 2, 2, 1]
-    assert answers[:, 5:].tolist() == guesses.tolist()
+    assert answers[:, 1:].tolist() == torch.cat((best, guesses), dim=1).tolist()
     assert last.tolist() == [8, 6, 6, 6, -1]

@@ -11,37 +11,25 @@ from difyops.engine.layers import RMSNorm
 from tests.gpu.test_kernels import DEVICE, close, random
 
 draft = pytest.importorskip("difyops.engine.kernels.draft")
-
-
-@pytest.mark.parametrize("size", [5, 8192, 20001])
-def test_the_best_is_the_first_of_the_largest(size: int) -> None:
-    logits = random(6, size).float()
-    logits[1, 2] = logits[1, size - 1] = 99.0
-    logits[2, 4] = float("nan")
-    logits[3] = float("-inf")
-    out = torch.zeros(2, 9, dtype=torch.int64, device=DEVICE)
-    draft.best(logits, out[:, 1:4])
-    wanted = logits.argmax(-1)
-    wanted[2] = -1
-    assert out[:, 1:4].flatten().tolist() == wanted.tolist()
-    assert not out[:, 4:].any()
+product = pytest.importorskip("difyops.engine.kernels.product")
 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_places_that_count_are_those_of_the_plain_form(k: int) -> None:
-    dice = torch.Generator().manual_seed(k)
-    rows = 40
-    answers = torch.randint(3, (rows, 2 + 2 * k), generator=dice)
-    guesses, room = answers[:, 1 : 1 + k].clone(), torch.randint(5, (rows,), generator=dice)
+    dice, rows = torch.Generator().manual_seed(k), 40
+    best = torch.randint(3, (rows, 1 + k), generator=dice)
+    guesses, room = best[:, :k].clone(), torch.randint(5, (rows,), generator=dice)
     spoiled = torch.rand(guesses.shape, generator=dice) < 0.3
     guesses[spoiled] = torch.randint(-1, 3, (int(spoiled.sum()),), generator=dice)
     stops = torch.randint(-1, 12, (4, rows), generator=dice).T
-    last = torch.zeros(rows, dtype=torch.int64)
-    got = [t.clone().to(DEVICE) for t in (guesses, answers, room, stops, last)]
-    windows.judge(guesses, answers, room, stops, last)
-    draft.judge(*got, k)
-    assert got[1].tolist() == answers.tolist()
-    assert got[4].tolist() == last.tolist()
+    answers, last = torch.zeros(rows, 3 + 2 * k, dtype=torch.int64)[:, : 2 + 2 * k], room.clone()
+    asked = [t.to(DEVICE) for t in (guesses, best, room, stops)]
+    got, ends = torch.zeros(3 + 2 * k, rows, dtype=torch.int64, device=DEVICE).T, last.to(DEVICE)
+    windows.judge(guesses, best, room, stops, answers, last)
+    windows.judge(*asked, got[:, : 2 + 2 * k], ends, fused=True)
+    assert got[:, : 2 + 2 * k].tolist() == answers.tolist()
+    assert not got[:, -1].any()
+    assert ends.tolist() == last.tolist()
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -72,7 +60,7 @@ def test_a_rough_head_guesses_as_its_weights_do(count: int) -> None:
     # Triton's interpreter does not get from eight bits to bfloat16.
     kind = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     weight, x = random(1000, 160).to(kind), random(count, 160, seed=1).to(kind)
-    rough, scales = draft.quantised(weight)
+    rough, scales = product.quantised(weight)
     out = torch.zeros(count, 3, dtype=torch.int64, device=DEVICE)
     draft.likeliest(x, rough, scales, out[:, 1:2])
     logits: Tensor = x.double() @ (rough.double() * scales[:, None].double()).T

@@ -13,15 +13,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from difyops.engine.layers import GatedMLP, GatedRMSNorm, RMSNorm
+from difyops.engine.layers import Fusible, GatedMLP, GatedRMSNorm, RMSNorm, RowNorm
 from difyops.engine.mixers import REGISTRY
 from difyops.engine.mixers.base import Mixer, options_from
+from difyops.engine.models.decoder import Block
 from difyops.engine.state import StatePool
 from tests.engine import gates
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and Triton's interpreter is not asked for", allow_module_level=True)
 pytest.importorskip("triton")
+
+from difyops.engine.kernels import (
+    attention,
+    choice,
+    decayed_chunk,
+    product,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH = 24
@@ -144,6 +152,124 @@ def test_what_is_accepted_goes_into_the_state(name: str) -> None:
     twin.states_agree()
 
 
+@pytest.mark.parametrize("name", ["gated-delta", "gated-delta-wide-conv"])
+def test_padding_changes_nothing(name: str) -> None:
+    twin = Twin(*KINDS[name])
+    lengths = torch.tensor([70, 2, 0, 65, 0, 0], device=DEVICE)
+    slots = torch.tensor([4, 2, 6, 1, 0, 0], device=DEVICE)
+    bounds = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    x, count = random(150, WIDTH), int(bounds[-1])
+    naive, fused = twin.mixers
+    wanted = naive.prefill(x[:count], twin.pools[0].layers[0], slots[:4], bounds[:5])
+    got = fused.prefill(x.float(), twin.pools[1].layers[0], slots, bounds)
+    close(got[:count], wanted)
+    twin.states_agree()
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """q and k [T, H, Dk], v [T, H, Dv], g and beta [T, H], state [H, Dk, Dv], token by token."""
+    q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+    out = torch.empty_like(v)
+    for t in range(len(q)):
+        state = state * g[t].exp()[:, None, None]
+        new = beta[t, :, None] * (v[t] - torch.einsum("hk,hkv->hv", k[t], state))
+        state = state + k[t, :, :, None] * new[:, None]
+        out[t] = torch.einsum("hk,hkv->hv", q[t], state) * q.shape[-1] ** -0.5
+    return out, state
+
+
+@pytest.mark.parametrize(
+    ("how", "dtype", "within"),
+    [
+        ("plain", torch.float32, 2e-5),
+        ("plain", torch.bfloat16, 1e-2),
+        ("same keys", torch.float32, 2e-5),
+        ("same keys", torch.bfloat16, 1e-2),
+        ("no decay", torch.float32, 2e-5),
+        ("strong decay", torch.float32, 2e-5),
+    ],
+)
+def test_the_delta_rule_in_chunks(how: str, dtype: torch.dtype, within: float) -> None:
+    from difyops.engine.kernels import gated_delta_chunk
+    from difyops.engine.kernels.spans import Spans
+
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter multiplies no bf16 matrices")
+    key_heads, heads, keys, values = 1, 2, 20, 7
+    lengths = [1, 15, 0, 63, 64, 65, 300]
+    slots = torch.tensor([3, 1, 0, 6, 2, 5, 4], device=DEVICE)
+    bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    count = int(bounds[-1])
+    qkv = random(count + 9, (2 * key_heads * keys) + heads * values)
+    if how == "same keys":  # a correction undoes all before it
+        qkv[:, key_heads * keys : 2 * key_heads * keys] = random(key_heads * keys)
+    a, b = random(count + 9, heads, seed=1), random(count + 9, heads, seed=2)
+    rate, bias = {"no decay": (-40.0, 0.0), "strong decay": (3.0, 9.0)}.get(how, (-3.0, 0.0))
+    b += 9 if how == "same keys" else 0
+    rates, biases = (torch.full((heads,), x, dtype=dtype, device=DEVICE) for x in (rate, bias))
+    z, weight = random(count + 9, heads * values, seed=3), random(values, seed=4)
+    state = random(7, heads, keys, values, seed=5).float()
+    state[0] = 0
+    qkv, a, b, z, weight = (x.to(dtype) for x in (qkv, a, b, z, weight))
+    before = state.double()
+
+    got = gated_delta_chunk.run(
+        qkv, a, b, state, slots, Spans.packed(bounds), rates, biases, key_heads, z, weight, 1e-6
+    )
+    norm = GatedRMSNorm(values).double().to(DEVICE)
+    norm.weight.copy_(weight)
+    q, k, v = qkv.double().split([key_heads * keys, key_heads * keys, heads * values], -1)
+    q, k = (x.view(-1, key_heads, keys).repeat_interleave(heads // key_heads, 1) for x in (q, k))
+    g = -rates.double().exp() * torch.nn.functional.softplus(a.double() + biases.double())
+    tokens = [q, k, v.view(-1, heads, values), g, b.double().sigmoid()]
+    for i, slot in enumerate(slots.tolist()):
+        span = slice(*bounds[i : i + 2].tolist())
+        out, after = delta_rule(*(x[span] for x in tokens), before[slot])
+        if slot:
+            close(state[slot], after, within)
+            gate = z[span].double().view(-1, heads, values)
+            close(got[span].view_as(gate), norm(out, gate), within)
+    assert not state[0].any()
+
+
+@pytest.mark.parametrize("name", ["mamba2-grouped-limited", "linear-grouped-rotary", "norm-grouped",
+                                  "retention-grouped"])  # fmt: skip
+def test_prompts_of_several_segments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decayed_chunk, "_SEGMENT", 64)
+    twin = Twin(*KINDS[name])
+    for lengths in ({2: 1, 6: 15, 1: 130, 5: 65}, {1: 64, 4: 129, 2: 1}):
+        wanted, got = twin.prefill(lengths)
+        close(got, wanted)
+        twin.states_agree()
+
+
+@pytest.mark.parametrize("name", ["mamba2", "softmax-rotary-normed"])
+def test_what_pads_a_prompt_changes_nothing(name: str) -> None:
+    twin = Twin(*KINDS[name])
+    twin.prefill({2: 1, 6: 3})
+    mixer, pool = twin.mixers[1], twin.pools[1]
+    slots, bounds = (torch.tensor(t, device=DEVICE) for t in ([6, 2, 0, 0], [0, 70, 75, 75, 75]))
+    x = random(81, WIDTH).float()
+    before = {name: state.clone() for name, state in pool.layers[0].token.items()}
+    got = mixer.prefill(x, pool.layers[0], slots, bounds)
+    for name, state in pool.layers[0].token.items():
+        changed = (state != before[name]).flatten(1).any(1)
+        assert int(changed.sum()) == 75
+    wanted = twin.mixers[0].prefill(x[:75].double(), twin.pools[0].layers[0], slots[:2], bounds[:3])
+    close(got[:75], wanted)
+    twin.states_agree()
+
+
+def test_long_prompts_go_on_behind_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SHORT", 8)
+    twin = Twin(*KINDS["softmax-rotary-normed"])
+    for lengths in ({2: 9, 6: 3, 1: 20}, {1: 7, 4: 30, 2: 1}):
+        wanted, got = twin.prefill(lengths)
+        close(got, wanted)
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("name", ["softmax", "softmax-rotary-normed"])
 def test_attention_over_pages_with_several_queries(name: str, count: int) -> None:
@@ -161,10 +287,8 @@ def test_norms(width: int, offset: float) -> None:
     norm.weight.add_(0.1 * random(width, seed=3))
     fused = copy.deepcopy(norm).float()
     fused.fuse()
-    x, delta = random(5, width), random(5, width, seed=1)
+    x = random(5, width)
     close(fused(x.float()), norm(x))
-    for got, wanted in zip(fused.add(x.float(), delta.float()), norm.add(x, delta), strict=True):
-        close(got, wanted)
 
 
 @pytest.mark.parametrize(("groups", "gate_first"), [(1, False), (1, True), (3, True)])
@@ -184,3 +308,73 @@ def test_gated_mlp(bias: bool) -> None:
     fused.fuse()
     x = random(2, 3, WIDTH)
     close(fused(x.float()), mlp(x))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("width", [24, 1000, 4200])
+def test_products_of_a_few_rows(width: int, rows: int) -> None:
+    x, weight, bias = random(rows, width), random(42, width, seed=1), random(42, seed=2)
+    onto, norm = random(rows, 42, seed=3), RMSNorm(width, offset=1.0).double().to(DEVICE)
+    norm.weight.add_(0.1 * random(width, seed=4))
+    wanted = torch.nn.functional.linear(norm(x), weight, bias)
+    over = RowNorm(norm.weight.float(), norm.eps, norm.offset)
+    x, weight, bias = x.float(), weight.float(), bias.float()
+    close(product.row(x, weight, bias, norm=over, onto=onto.float()), wanted + onto)
+    a, b = wanted.chunk(2, -1)
+    close(product.row(x, weight, bias, norm=over, silu=True), torch.nn.functional.silu(a) * b)
+    close(product.row(x, weight), x.double() @ weight.double().T)
+
+
+def test_rough_products() -> None:
+    x, weight = random(2, 300).float(), random(50, 300, seed=1).float()
+    small, scales = product.quantised(weight)
+    close(product.row(x, small, scales=scales), x @ (small.float() * scales[:, None]).T)
+    close(product.row(x, small, scales=scales), x @ weight.T, within=0.05)
+
+
+def test_the_best_token() -> None:
+    logits = random(5, 10000).float()
+    logits[1, 7] = logits[1, 9000] = 50
+    logits[3, 9999] = 60
+    logits[4, 5000] = float("nan")
+    found = choice.best(logits, -1, torch.empty(5, dtype=torch.int64, device=DEVICE))
+    assert found.tolist() == [*logits[:4].argmax(-1).tolist(), -1]
+
+
+@pytest.mark.parametrize("form", ["prefill", "step", "verify"])
+@pytest.mark.parametrize("name", KINDS)
+def test_blocks_take_norm_and_addition_in(name: str, form: str) -> None:
+    twin = Twin(*KINDS[name])
+    for place, mixer in enumerate(twin.mixers):
+        torch.manual_seed(1)
+        norms = [RMSNorm(WIDTH).double() for _ in range(2)]
+        block = Block(norms[0], copy.deepcopy(mixer), norms[1], GatedMLP(WIDTH, 40).double())
+        norms[0].weight.add_(0.1 * torch.randn(WIDTH))
+        block = block.to(DEVICE, torch.float32 if place else torch.float64)
+        if place:
+            for module in block.modules():
+                if isinstance(module, Fusible):
+                    module.fuse()
+        twin.mixers[place] = Run(block)
+    if form == "prefill":
+        wanted, got = twin.prefill({2: 1, 6: 15, 1: 40})
+    else:
+        twin.prefill({2: 1, 6: 3, 1: 9, 4: 5})
+        slots = torch.tensor([4, 2, 1, 6], device=DEVICE)
+        shape = (4, WIDTH) if form == "step" else (4, 3, WIDTH)
+        wanted, got = twin.both(form, random(*shape, seed=2), slots)
+    close(got, wanted)
+
+
+class Run:
+    """A block, called as its mixer."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+        self.parameters = block.parameters
+
+    def __getattr__(self, form: str) -> Any:
+        def run(x: Tensor, state: Any, *more: Tensor) -> Tensor:
+            return self._block(x, lambda mixer, x, s: getattr(mixer, form)(x, s, *more), state)
+
+        return run

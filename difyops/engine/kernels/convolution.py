@@ -7,10 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from difyops.engine.kernels.functions import ahead, wait
+from difyops.engine.kernels.functions import ahead, block_of, wait
 from difyops.engine.kernels.spans import Spans
 
+#: Channels of a program of a step.
 _BLOCK = 256
+#: Tokens and channels of a program of several tokens, and its warps.
+_TOKENS, _CHANNELS, _WARPS = 16, 256, 4
 
 
 def run(
@@ -28,24 +31,17 @@ def run(
     if pointers is None and spans.count == 1 and spans.kept:
         _one(x, weight, bias, tail, slots, out)
         return out
-    count, channels = x.shape
-    which = slots
-    if pointers is not None:
-        which = torch.searchsorted(pointers[1], torch.arange(count, device=x.device), right=True)
-    blocks, packed = triton.cdiv(channels, _BLOCK), pointers is not None
-    _many[(count, blocks)](
-        x, weight, weight if bias is None else bias, tail, slots, which,
-        pointers[0] if pointers else slots, out, x.stride(0), tail.stride(0), channels,
-        spans.count, len(slots),
-        BIASED=bias is not None, PACKED=packed, WIDTH=weight.shape[-1], BLOCK=_BLOCK, num_warps=2,
+    channels = x.shape[1]
+    packed = pointers is not None
+    each = triton.cdiv(spans.count, _TOKENS)
+    blocks = spans.blocks(len(x), _TOKENS) if packed else each * len(slots)
+    _many[(triton.cdiv(channels, _CHANNELS), blocks)](
+        x, weight, weight if bias is None else bias, tail, slots, *(pointers or (slots, slots)),
+        out, x.stride(0), tail.stride(0), channels, spans.count, len(slots), each,
+        BIASED=bias is not None, PACKED=packed, KEPT=spans.kept, WIDTH=weight.shape[-1],
+        TOKENS=_TOKENS, CHANNELS=_CHANNELS, num_warps=_WARPS,
         **ahead(x),
     )  # fmt: skip
-    if spans.kept:
-        _move[(len(slots), blocks)](
-            x, tail, slots, *(pointers or (slots, slots)), x.stride(0), tail.stride(0), channels,
-            spans.count, PACKED=packed, WIDTH=weight.shape[-1], BLOCK=_BLOCK, num_warps=2,
-            **ahead(x),
-        )  # fmt: skip
     return out
 
 
@@ -87,59 +83,57 @@ def _step(
     tl.store(out + row * channels + at, (total * tl.sigmoid(total)).to(new.dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "sequences", "each"])
 def _many(
-    x, weight, bias, tail, slots, which, begin, out, x_step, tail_step, channels, count, sequences,
-    BIASED: tl.constexpr, PACKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
+    x, weight, bias, tail, slots, begin, end, out, x_step, tail_step, channels,
+    count, sequences, each,
+    BIASED: tl.constexpr, PACKED: tl.constexpr, KEPT: tl.constexpr, WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    """A block of tokens of one sequence. Its first block alone reads its tail, and moves it on."""
     wait(AHEAD)
-    token = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < channels
+    block = tl.program_id(1).to(tl.int64)
     if PACKED:
-        # Rows behind a sequence's end belong to none: what they get does not matter.
-        row = tl.minimum(tl.load(which + token), sequences - 1)
-        first = tl.load(begin + row)
+        row, first, start, last = block_of(begin, end, sequences, block, TOKENS)
     else:
-        row = token // count
-        first = row * count
-    seen = tail + tl.load(slots + row) * tail_step + at * (WIDTH - 1)
-    total = tl.zeros([BLOCK], tl.float32)
-    if BIASED:
-        total += tl.load(bias + at, mask=inside, other=0).to(tl.float32)
-    for back in tl.static_range(WIDTH):
-        source = token - (WIDTH - 1) + back
-        ours = source >= first
-        new = tl.load(x + source * x_step + at, mask=inside & ours, other=0)
-        kept = tl.maximum(WIDTH - 1 + source - first, 0)
-        old = tl.load(seen + kept, mask=inside & (source < first), other=0)
-        tap = tl.load(weight + at * WIDTH + back, mask=inside, other=0).to(tl.float32)
-        total += tap * tl.where(ours, new, old).to(tl.float32)
-    done = (total * tl.sigmoid(total)).to(out.dtype.element_ty)
-    tl.store(out + token * channels + at, done, mask=inside)
-
-
-@triton.jit
-def _move(
-    x, tail, slots, begin, end, x_step, tail_step, channels, count,
-    PACKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
-):  # fmt: skip
-    wait(AHEAD)
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        row = block // each
+        first, last = row * count, row * count + count
+        start = first + block % each * TOKENS
+    if start >= last:
+        return
+    at = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = at < channels
     slot = tl.load(slots + row)
-    if PACKED:
-        first, last = tl.load(begin + row), tl.load(end + row)
-    else:
-        first, last = row * count, row * count + count
     seen = tail + slot * tail_step + at * (WIDTH - 1)
-    # Each place takes one that lies behind it, or none: in this order nothing is lost.
+    token = start + tl.arange(0, TOKENS)
+    here = inside[None, :] & (token < last)[:, None]
+    total = tl.zeros([TOKENS, CHANNELS], tl.float32)
+    if BIASED:
+        total += tl.load(bias + at, mask=inside, other=0).to(tl.float32)[None, :]
+    for back in tl.static_range(WIDTH):
+        source = token - (WIDTH - 1) + back
+        ours = (source >= first)[:, None]
+        new = tl.load(x + (source * x_step)[:, None] + at[None, :], mask=here & ours, other=0)
+        new = new.to(tl.float32)
+        if start == first:
+            kept = tl.maximum(WIDTH - 1 + source - first, 0)[:, None]
+            old = tl.load(seen[None, :] + kept, mask=here & (source < first)[:, None], other=0)
+            new += old.to(tl.float32)
+        tap = tl.load(weight + at * WIDTH + back, mask=inside, other=0).to(tl.float32)
+        total += tap[None, :] * new
+    done = (total * tl.sigmoid(total)).to(out.dtype.element_ty)
+    tl.store(out + (token * channels)[:, None] + at[None, :], done, mask=here)
+    if KEPT and start == first:
+        tl.debug_barrier()  # every thread has read the tail
+        _move(x + at, seen, x_step, first, last, inside, inside & (slot > 0), WIDTH)
+
+
+@triton.jit
+def _move(x, seen, x_step, first, last, inside, kept, WIDTH: tl.constexpr):
+    """Each place of a tail takes one that lies behind it: in this order nothing is lost."""
     for place in tl.static_range(WIDTH - 1):
         source = last - (WIDTH - 1) + place
-        new = tl.load(x + source * x_step + at, mask=inside & (source >= first), other=0)
-        kept = tl.maximum(WIDTH - 1 + source - first, 0)
-        old = tl.load(seen + kept, mask=inside & (source < first), other=0)
-        tl.store(seen + place, tl.where(source >= first, new, old), mask=inside & (slot > 0))
+        new = tl.load(x + source * x_step, mask=inside & (source >= first), other=0)
+        behind = tl.maximum(WIDTH - 1 + source - first, 0)
+        old = tl.load(seen + behind, mask=inside & (source < first), other=0)
+        tl.store(seen + place, tl.where(source >= first, new, old), mask=kept)

@@ -10,29 +10,8 @@ from torch import Tensor
 
 from difyops.engine.kernels.functions import ahead, wait
 
-#: Logits that one program looks through.
-_LOGITS = 8192
 #: Tokens whose scores one program makes, columns of their weights at a time, and its warps.
 _LINES, _COLUMNS, _WARPS, _STAGES = 64, 128, 4, 4
-#: What a row with a nan has for its best token: graphs.BROKEN.
-_BROKEN = tl.constexpr(-1)
-
-
-def best(logits: Tensor, out: Tensor) -> None:
-    """The largest logit's token of each row, or -1 for a row with a nan: [R, V] -> out [B, K],
-    R = B K, with rows of any stride. Of equal ones the first."""
-    rows, size = logits.shape
-    parts = triton.cdiv(size, _LOGITS)
-    tops = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
-    which = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
-    _scan[(rows, parts)](logits, tops, which, size, BLOCK=_LOGITS, num_warps=8, **ahead(logits))
-    _picked(tops, which, out)
-
-
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [N, K] in float8_e4m3, and what its rows are multiplied by, float32 [N]."""
-    scales = weight.abs().amax(1).float().clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
-    return (weight / scales[:, None]).to(torch.float8_e4m3fn), scales
 
 
 def likeliest(x: Tensor, weight: Tensor, scales: Tensor, out: Tensor) -> None:
@@ -61,15 +40,13 @@ def _picked(tops: Tensor, which: Tensor, out: Tensor) -> None:
 
 
 def judge(
-    guesses: Tensor, answers: Tensor, room: Tensor, stops: Tensor, last: Tensor, k: int
+    guesses: Tensor, best: Tensor, room: Tensor, stops: Tensor, answers: Tensor, last: Tensor
 ) -> None:
-    """windows.accepted, which is answers[:, 0] then; best is answers[:, 1 : 2 + k], and the guesses
-    go behind it. guesses [B, k] and stops [B, S] with any strides, answers [B, …] with rows of any
-    stride, room [B]; `last` [B] becomes the best token of the last place that counts."""
-    _judge[(len(answers),)](
-        guesses, answers, room, stops, last, guesses.stride(0), guesses.stride(1),
-        answers.stride(0), stops.stride(0), stops.stride(1),
-        GUESSES=k, STOPS=triton.next_power_of_2(stops.shape[1]), num_warps=1, **ahead(room),
+    """windows.judge; guesses, stops and answers may have any strides, the others are dense."""
+    _judge[(len(best),)](
+        guesses, best, room, stops, answers, last, guesses.stride(0), guesses.stride(1),
+        stops.stride(0), stops.stride(1), answers.stride(0), answers.stride(1),
+        GUESSES=guesses.shape[1], STOPS=stops.shape[1], num_warps=1, **ahead(best),
     )  # fmt: skip
 
 
@@ -96,19 +73,6 @@ def paired(
         **ahead(out.view(batch * count, -1)),
     )  # fmt: skip
     return out
-
-
-@triton.jit
-def _scan(logits, tops, which, size, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
-    wait(AHEAD)
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    at = part * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits + row * size + at, mask=at < size, other=float("-inf")).to(tl.float32)
-    broken = tl.max((x != x).to(tl.int32), 0) > 0
-    top, where = tl.max(x, 0, return_indices=True)
-    here = row * tl.num_programs(1) + part
-    tl.store(tops + here, tl.where(broken, float("inf"), top))
-    tl.store(which + here, tl.where(broken, _BROKEN, part * BLOCK + where))
 
 
 @triton.jit
@@ -152,26 +116,29 @@ def _pick(
 
 @triton.jit
 def _judge(
-    guesses, answers, room, stops, last, guess_row, guess_step, answer_row, stop_row, stop_step,
+    guesses, best, room, stops, answers, last,
+    guess_row, guess_step, stop_row, stop_step, answer_row, answer_step,
     GUESSES: tl.constexpr, STOPS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     wait(AHEAD)
     row = tl.program_id(0)
-    answer = answers + row * answer_row
+    answer, tokens = answers + row * answer_row, best + row * (GUESSES + 1)
     stop = tl.load(stops + row * stop_row + tl.arange(0, STOPS) * stop_step)
     going = 1
     count = tl.full([], 1, tl.int64)
     for place in tl.static_range(GUESSES):
         guess = tl.load(guesses + row * guess_row + place * guess_step)
-        token = tl.load(answer + 1 + place)
+        token = tl.load(tokens + place)
         ended = tl.max((stop == token).to(tl.int32), 0)
         right = (guess == token) & (guess >= 0) & (ended == 0)
         going = going * right.to(tl.int32)
         count += going
-        tl.store(answer + 2 + GUESSES + place, guess)
+        tl.store(answer + (1 + place) * answer_step, token)
+        tl.store(answer + (2 + GUESSES + place) * answer_step, guess)
+    tl.store(answer + (1 + GUESSES) * answer_step, tl.load(tokens + GUESSES))
     count = tl.minimum(count, tl.load(room + row))
     tl.store(answer, count)
-    tl.store(last + row, tl.load(answer + tl.maximum(count, 1)))
+    tl.store(last + row, tl.load(tokens + tl.maximum(count - 1, 0)))
 
 
 @triton.jit

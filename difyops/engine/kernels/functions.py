@@ -37,9 +37,58 @@ def wait(AHEAD: tl.constexpr):
 
 
 @triton.jit
+def block_of(begin, end, sequences, block, SIZE: tl.constexpr):
+    """Whose the block is, of packed tokens in blocks of SIZE that begin where a sequence does: the
+    row, its first token, the block's first token, and the token behind the row's last. A block of
+    nobody begins at or behind that.
+
+    Row i's blocks are those from begin[i] // SIZE + i on: below the next row's whatever its length,
+    so that no lengths are summed up.
+    """
+    rows = tl.arange(0, 128)
+    before = 0
+    for one in range(0, sequences, 128):
+        inside = one + rows < sequences
+        base = tl.load(begin + one + rows, mask=inside, other=0) // SIZE + one + rows
+        before += tl.sum((inside & (base <= block)).to(tl.int32), 0)
+    row = before - 1
+    first, last = tl.load(begin + row), tl.load(end + row)
+    return row, first, first + (block - first // SIZE - row) * SIZE, last
+
+
+@triton.jit
 def softplus(x):
     """log(1 + e^x), exact for small e^x too: log(1 + e) loses what 1 + e rounds away."""
     e = tl.exp(tl.minimum(x, 20))
     u = 1 + e
     small = tl.where(u == 1, e, tl.log(u) * e / tl.where(u == 1, 1, u - 1))
     return tl.where(x > 20, x, small)
+
+
+@triton.jit
+def owner(begin, end, sequences, piece, SIZE: tl.constexpr):
+    """Each sequence is cut into pieces of SIZE tokens: whose this one is, and which of its own;
+    `sequences` where it is nobody's."""
+    row, before, total = sequences * 0, piece * 0, piece * 0
+    for start in range(0, sequences, 128):
+        at = start + tl.arange(0, 128)
+        inside = at < sequences
+        length = tl.load(end + at, mask=inside, other=0) - tl.load(begin + at, mask=inside, other=0)
+        behind = total + tl.cumsum(tl.cdiv(length, SIZE), 0)
+        passed = inside & (behind <= piece)
+        row += tl.sum(passed.to(tl.int32), 0)
+        before = tl.maximum(before, tl.max(tl.where(passed, behind, 0), 0))
+        total = tl.max(behind, 0)
+    return row, piece - before
+
+
+@triton.jit
+def pieces_before(begin, end, row, SIZE: tl.constexpr):
+    """How many pieces of SIZE tokens lie before a sequence's first."""
+    total = row * 0
+    for start in range(0, row, 128):
+        at = start + tl.arange(0, 128)
+        inside = at < row
+        length = tl.load(end + at, mask=inside, other=0) - tl.load(begin + at, mask=inside, other=0)
+        total += tl.sum(tl.cdiv(length, SIZE), 0)
+    return total

@@ -8,23 +8,21 @@ import triton.language as tl
 from torch import Tensor
 
 from difyops.engine.kernels.functions import ahead, wait
+from difyops.engine.layers import RowNorm
 
 
-def add_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float
-) -> tuple[Tensor, Tensor]:
-    """x + delta in x's dtype, and its layers.RMSNorm: x and delta [..., W] -> [..., W] each."""
+def rms_norm(x: Tensor, norm: RowNorm, dtype: torch.dtype) -> Tensor:
+    """layers.RMSNorm: x [..., W] -> [..., W] of a dtype."""
     width = x.shape[-1]
     x = x.contiguous()
-    out = torch.empty_like(x, dtype=weight.dtype)
-    total = torch.empty_like(x) if delta is not None else x
-    other = delta.contiguous() if delta is not None else x
+    out = torch.empty_like(x, dtype=dtype)
     block = triton.next_power_of_2(width)
-    _add_norm[(x.numel() // width,)](
-        x, other, weight, total, out, width, eps, offset,
-        ADD=delta is not None, BLOCK=block, num_warps=_warps(block), **ahead(x),
+    rows = x.view(-1, width)
+    _rms_norm[(len(rows),)](
+        x, norm.weight, out, width, norm.eps, norm.offset,
+        BLOCK=block, num_warps=_warps(block), **ahead(rows),
     )  # fmt: skip
-    return total, out
+    return out
 
 
 def gated_norm(
@@ -57,36 +55,21 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
-def _add_norm(
-    x,
-    delta,
-    weight,
-    total,
-    out,
-    width,
-    eps,
-    offset,
-    ADD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
-):
-    wait(AHEAD)
-    row = tl.program_id(0).to(tl.int64) * width
+def _rms_norm(
+    x, weight, out, width, eps, offset, BLOCK: tl.constexpr, AHEAD: tl.constexpr
+):  # fmt: skip
     at = tl.arange(0, BLOCK)
     inside = at < width
-    h = tl.load(x + row + at, mask=inside, other=0)
-    if ADD:
-        kind = h.dtype
-        h = (h.to(tl.float32) + tl.load(delta + row + at, mask=inside, other=0)).to(kind)
-        tl.store(total + row + at, h, mask=inside)
-    h = h.to(tl.float32)
-    h = h * tl.rsqrt(tl.sum(h * h, 0) / width + eps)
     w = tl.load(weight + at, mask=inside, other=0)
+    wait(AHEAD)
+    row = tl.program_id(0).to(tl.int64) * width
+    h = tl.load(x + row + at, mask=inside, other=0).to(tl.float32)
+    h = h * tl.rsqrt(tl.sum(h * h, 0) / width + eps)
     if offset != 0:
         normed = h * (w.to(tl.float32) + offset)
     else:
         normed = h.to(w.dtype).to(tl.float32) * w.to(tl.float32)
-    tl.store(out + row + at, normed.to(w.dtype), mask=inside)
+    tl.store(out + row + at, normed.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

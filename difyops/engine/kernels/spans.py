@@ -37,3 +37,9 @@ class Spans:
     def pointers(self) -> tuple[Tensor, Tensor] | None:
         """What a kernel is given of begin and end."""
         return None if self.begin is None or self.end is None else (self.begin, self.end)
+
+    def blocks(self, tokens: int, size: int) -> int:
+        """A bound of the blocks of `size` tokens that the packed `tokens` are cut into, each of one
+        sequence (see functions.block_of)."""
+        rows = 0 if self.begin is None else len(self.begin)
+        return tokens // size + rows

@@ -8,11 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from difyops.engine.kernels import decayed_chunk
 from difyops.engine.kernels.functions import ahead, wait
 from difyops.engine.kernels.spans import Spans
 
 #: Values that one program holds the state of, and its warps; see gated_delta.py.
 _STEP, _PROMPT = (64, 4), (8, 1)
+#: For up to so many sequences, where keys are summed, too: one tile changes their sums in place,
+#: and a launch is saved.
+_FEW, _WHOLE = 8, (128, 8)
 
 
 def run(
@@ -27,17 +31,24 @@ def run(
     norms: Tensor | None = None,
     eps: float = 0.0,
     elu: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """mixers.sums.recur for each token of each span: q [N, H, Dk], k [N, Hkv, Dk], v [N, Hkv, Dv],
     each dense but for the stride of its rows; state [slots + 1, Hkv, Dk, Dv], slots [B] ->
-    [N, H, Dv], float32.
+    [N, H, Dv], in `dtype`, or in q's where it is read chunk by chunk (decayed_chunk.py).
 
     With `norms` ([slots + 1, Hkv, Dk], the sums of k) the output is divided by q · norms + eps;
     with `elu` q and k are taken through elu(x) + 1 first. `log_decay`: [Hkv].
     """
+    if decayed_chunk.pays(spans, len(q)):
+        return decayed_chunk.run(
+            q, k, v, state, slots, spans, log_decay=log_decay, norms=norms, eps=eps, elu=elu
+        )
     heads, key_dim, value_dim = state.shape[1:]
-    out = torch.empty(*q.shape[:2], value_dim, dtype=torch.float32, device=q.device)
+    out = torch.empty(*q.shape[:2], value_dim, dtype=dtype, device=q.device)
     tile, warps = _STEP if spans.short else _PROMPT
+    if norms is not None and spans.short and len(slots) <= _FEW:
+        tile, warps = _WHOLE
     tile = min(tile, triton.next_power_of_2(value_dim))
     tiles = triton.cdiv(value_dim, tile)
     # Every tile needs the norms, and none may change them while another reads.
@@ -117,7 +128,7 @@ def _run(
             if NORMED:
                 mixed = mixed / (tl.sum(query * z, 0) + eps)
             here = out + (t * heads * SHARED + at) * value_dim + j
-            tl.store(here, mixed, mask=j < value_dim)
+            tl.store(here, mixed.to(out.dtype.element_ty), mask=j < value_dim)
     if KEPT:
         tl.store(place, s.to(state.dtype.element_ty), mask=mine & (slot > 0))
         if NORMED:

@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from difyops.engine.kernels.spans import Spans
-from difyops.engine.layers import Fusible, wide
+from difyops.engine.layers import Residual, wide
 from difyops.engine.state import LayerState, StateSpec
 
+#: Tokens of each sequence that a kernel of its own takes from the projections to the norm.
+FEW = 8
 #: Per-token tensors by name, e.g. q: [B, T, H, Dk].
 Inputs = dict[str, Tensor]
 #: The state of some sequences by name, e.g. S: [B, H, Dk, Dv].
@@ -26,7 +28,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Mixer(Fusible, ABC):
+class Mixer(Residual, ABC):
     """One layer's mixing of tokens. Made as `Kind(width, Kind.Options(...))`.
 
     All forms compute the same function of a sequence. x is [..., width] and so is what they
@@ -39,6 +41,14 @@ class Mixer(Fusible, ABC):
         """Whether `step` never waits for a GPU, and does the same work whatever lies there: it
         may be captured as a graph."""
         return True
+
+    #: Whether, once fused, it can take its block's norm in (see layers.Residual).
+    residual = False
+
+    @property
+    def graphable_prefill(self) -> bool:
+        """The same of `prefill`, of a few hundred tokens."""
+        return False
 
     @abstractmethod
     def state_spec(self) -> StateSpec:
@@ -111,9 +121,30 @@ class RecurrentMixer(Mixer):
         """Whether `advance` is there: kernels that read and write the state where it lies."""
         return False
 
+    @property
+    def graphable_prefill(self) -> bool:
+        return self.in_place
+
     def advance(self, inputs: Inputs, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
         """recur for each token of each span: inputs [N, …], slots [B] -> out [N, …]."""
         raise NotImplementedError
+
+    def finish_few(
+        self, inputs: Inputs, x: Tensor, state: LayerState, slots: Tensor, count: int, *, kept: bool
+    ) -> Tensor:
+        """advance and finish for `count` tokens of each sequence; unless the state is `kept` it
+        stays as it was, and what fold needs is noted."""
+        if not kept:
+            batch = (len(slots), count)
+            noted = {name: x.reshape(*batch, *x.shape[1:]) for name, x in inputs.items()}
+            state.keep(slots, noted)
+        return self.finish(self.advance(inputs, state, slots, Spans(count, kept=kept)), inputs, x)
+
+    def fold(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
+        """advance for the first `accepted` ([B]) of the tokens that were noted."""
+        inputs = {name: tensor[slots].flatten(0, 1) for name, tensor in state.replay.items()}
+        window = next(iter(state.replay.values())).shape[1]
+        self.advance(inputs, state, slots, Spans.beginnings(accepted, window))
 
     def finish(self, out: Tensor, inputs: Inputs, x: Tensor) -> Tensor:
         """emit, for what advance answers."""
@@ -137,15 +168,17 @@ class RecurrentMixer(Mixer):
         return self.emit(out, x)
 
     def prefill(self, x: Tensor, state: LayerState, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
-        lengths = cu_seqlens.diff()
-        positions = slots
-        if self.positional or not self.in_place:
-            within = _within(cu_seqlens, lengths, len(x))
-            positions = state.lengths[slots].repeat_interleave(lengths, output_size=len(x)) + within
-        inputs = self.project(x, positions)
         if self.in_place:
+            positions = slots
+            if self.positional:
+                within, owner = _within(cu_seqlens, len(x))
+                positions = state.lengths[slots][owner] + within
+            inputs = self.project(x, positions)
             out = self.advance(inputs, state, slots, Spans.packed(cu_seqlens))
             return self.finish(out, inputs, x)
+        lengths = cu_seqlens.diff()
+        within, owner = _within(cu_seqlens, len(x))
+        inputs = self.project(x, state.lengths[slots][owner] + within)
         place = _places(lengths, within)
         padded = {name: _pad(tensor, place, lengths) for name, tensor in inputs.items()}
         out, carry = self.scan(padded, state.read(slots), lengths)
@@ -156,7 +189,7 @@ class RecurrentMixer(Mixer):
         positions = state.lengths[slots] if self.positional else slots
         inputs = self.project(x, positions)
         if self.in_place:
-            return self.finish(self.advance(inputs, state, slots, Spans()), inputs, x)
+            return self.finish_few(inputs, x, state, slots, 1, kept=True)
         out, carry = self.recur(inputs, state.read(slots))
         state.write(slots, carry)
         return self.emit(out, x)
@@ -164,19 +197,17 @@ class RecurrentMixer(Mixer):
     def verify(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
         count = x.shape[1]
         inputs = self.project(x, drafted_positions(state, slots, count))
-        state.keep(slots, inputs)
         if self.in_place:
             flat = {name: tensor.flatten(0, 1) for name, tensor in inputs.items()}
-            out = self.advance(flat, state, slots, Spans(count, kept=False))
-            return self.finish(out, flat, x.flatten(0, 1)).view_as(x)
+            rows = x.flatten(0, 1)
+            return self.finish_few(flat, rows, state, slots, count, kept=False).view_as(x)
+        state.keep(slots, inputs)
         out, _ = self.scan(inputs, state.read(slots), torch.full_like(slots, count))
         return self.emit(out, x)
 
     def commit(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
         if self.in_place:
-            inputs = {name: tensor[slots].flatten(0, 1) for name, tensor in state.replay.items()}
-            window = next(iter(state.replay.values())).shape[1]
-            self.advance(inputs, state, slots, Spans.beginnings(accepted, window))
+            self.fold(state, slots, accepted)
             return
         inputs = state.kept(slots, int(accepted.max()))
         if next(iter(inputs.values())).shape[1]:
@@ -203,10 +234,13 @@ def within_length(lengths: Tensor, count: int) -> Tensor:
     return torch.arange(count, device=lengths.device) < lengths[:, None]
 
 
-def _within(cu_seqlens: Tensor, lengths: Tensor, count: int) -> Tensor:
-    """Each of `count` packed tokens' index in its own sequence: [N]."""
+def _within(cu_seqlens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Each of `count` packed tokens' index in its own sequence, and which one that is: [N] each.
+    Tokens behind the last bound, which are nobody's, count as the last sequence's."""
     total = torch.arange(count, device=cu_seqlens.device)
-    return total - cu_seqlens[:-1].repeat_interleave(lengths, output_size=count)
+    owner = torch.searchsorted(cu_seqlens[1:].contiguous(), total, right=True)
+    owner = owner.clamp_max(len(cu_seqlens) - 2)
+    return total - cu_seqlens[owner], owner
 
 
 def _places(lengths: Tensor, within: Tensor) -> Tensor:

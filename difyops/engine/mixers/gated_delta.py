@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from difyops.engine.kernels.spans import Spans
 from difyops.engine.layers import GatedRMSNorm, Joined, product
 from difyops.engine.mixers import base, chunks
-from difyops.engine.mixers.base import Carry, Inputs, RecurrentMixer, within_length
+from difyops.engine.mixers.base import FEW, Carry, Inputs, RecurrentMixer, within_length
 from difyops.engine.mixers.chunks import by_head
 from difyops.engine.mixers.convolution import ShortConvolution
 from difyops.engine.state import LayerState, StateSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from difyops.engine.kernels import gated_delta_few
 
 
 class GatedDelta(RecurrentMixer):
@@ -75,7 +78,7 @@ class GatedDelta(RecurrentMixer):
 
     def project(self, x: Tensor, positions: Tensor) -> Inputs:
         if self.fused:
-            return dict(zip(("qkv", "z", "b", "a"), self._inward(x), strict=True))
+            return dict(zip(("qkv", "z", "b", "a"), self._inward(x, self.taken), strict=True))
         return {"qkv": self.in_proj_qkv(x), "a": self.in_proj_a(x), "b": self.in_proj_b(x)}
 
     def scan(self, inputs: Inputs, carry: Carry, lengths: Tensor) -> tuple[Tensor, Carry]:
@@ -116,26 +119,59 @@ class GatedDelta(RecurrentMixer):
         super().fuse()
 
     positional = False
+    residual = True
 
     @property
     def in_place(self) -> bool:
         return self.fused
 
     def advance(self, inputs: Inputs, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
-        from difyops.engine.kernels import gated_delta as kernel
+        from difyops.engine.kernels import gated_delta, gated_delta_chunk, norm
 
+        o, z = self.options, inputs.get("z")  # a commit's inputs have none: nothing is put out
         qkv = self.conv1d.advance(inputs["qkv"], state.slot["tail"], slots, spans)
-        return kernel.run(
-            qkv, inputs["a"], inputs["b"], state.slot["S"], slots, spans, self.A_log, self.dt_bias,
-            self.options.key_heads,
-        )  # fmt: skip
+        rest = inputs["a"], inputs["b"], state.slot["S"], slots, spans
+        rates = self.A_log, self.dt_bias, o.key_heads
+        weight, eps = self.norm.weight, self.norm.eps
+        if z is not None and gated_delta_chunk.pays(spans, len(qkv)):
+            return gated_delta_chunk.run(qkv, *rest, *rates, z, weight, eps)
+        out = gated_delta.run(qkv, *rest, *rates)
+        return out if z is None else norm.gated_norm(out, z, weight, eps, o.value_heads, False)
 
     def finish(self, out: Tensor, inputs: Inputs, x: Tensor) -> Tensor:
-        from difyops.engine.kernels.norm import gated_norm
+        return self._out(out, x)
 
-        heads, norm = self.options.value_heads, self.norm
-        out = gated_norm(out, inputs["z"], norm.weight, norm.eps, heads, norm.gate_first)
-        return product(out, self.out_proj.weight, self.out_proj.bias)
+    def _out(self, normed: Tensor, x: Tensor) -> Tensor:
+        return product(normed, self.out_proj.weight, onto=self.onto(x))
+
+    def finish_few(
+        self, inputs: Inputs, x: Tensor, state: LayerState, slots: Tensor, count: int, *, kept: bool
+    ) -> Tensor:
+        from difyops.engine.kernels import gated_delta_few as kernel
+
+        if count > FEW or (kept and len(slots) > kernel.MOST):
+            return super().finish_few(inputs, x, state, slots, count, kept=kept)
+        normed = kernel.run(
+            inputs, state.slot, slots, self._weights(), self.options.key_heads, count,
+            replay=None if kept else state.replay,
+        )  # fmt: skip
+        return self._out(normed, x)
+
+    def fold(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
+        if state.replay["qkv"].shape[1] > FEW:
+            super().fold(state, slots, accepted)
+            return
+        from difyops.engine.kernels import gated_delta_few as kernel
+
+        keys = self.options.key_heads
+        kernel.fold(state.replay, state.slot, slots, accepted, self._weights(), keys)
+
+    def _weights(self) -> gated_delta_few.Weights:
+        from difyops.engine.kernels.gated_delta_few import Weights
+
+        return Weights(
+            self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight, self.norm.eps
+        )
 
     def recur(self, inputs: Inputs, carry: Carry) -> tuple[Tensor, Carry]:
         qkv, tail = self.conv1d.recur(inputs["qkv"], carry["tail"])

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from difyops.engine import layers
-from difyops.engine.layers import Joined, product, rotary
+from difyops.engine.layers import Joined, RowNorm, product, rotary
 from difyops.engine.mixers import base
 from difyops.engine.mixers.base import Inputs, RecurrentMixer
 from difyops.engine.mixers.softmax import Frequencies
@@ -62,13 +62,13 @@ class HeadMixer(RecurrentMixer):
 
     def emit(self, out: Tensor, x: Tensor) -> Tensor:
         """out: [..., H, Dv]."""
-        return self.out(out.flatten(-2).to(x.dtype))
+        return self.out(out.flatten(-2), x)
 
-    def out(self, mixed: Tensor) -> Tensor:
-        """[..., H * Dv] -> [..., width]."""
+    def out(self, mixed: Tensor, x: Tensor, norm: RowNorm | None = None) -> Tensor:
+        """[..., H * Dv] and the layer's input -> [..., width]."""
         if self.fused:
-            return product(mixed, self.o_proj.weight, None)
-        out: Tensor = self.o_proj(mixed)
+            return product(mixed, self.o_proj.weight, norm=norm, onto=self.onto(x))
+        out: Tensor = self.o_proj(mixed.to(x.dtype))
         return out
 
     def fuse(self) -> None:
@@ -80,7 +80,7 @@ class HeadMixer(RecurrentMixer):
         """q [..., H, Dk], k [..., Hkv, Dk] and v [..., Hkv, Dv], without positions."""
         o = self.options
         if self.fused:
-            q, k, v = self._inward(x)
+            q, k, v = self._inward(x, self.taken)
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         return (

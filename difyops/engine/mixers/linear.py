@@ -66,6 +66,10 @@ class Linear(HeadMixer):
         return out / (total.flatten(1, 2) + self.options.eps), {"S": state, "z": z}
 
     @property
+    def residual(self) -> bool:  # type: ignore[override]
+        return self.options.feature == "elu"
+
+    @property
     def in_place(self) -> bool:
         return self.fused and self.options.feature == "elu"
 
@@ -75,7 +79,7 @@ class Linear(HeadMixer):
         q, k, v = (inputs[name] for name in "qkv")
         return kernel.run(
             q, k, v, state.slot["S"], slots, spans,
-            norms=state.slot["z"], eps=self.options.eps, elu=True,
+            norms=state.slot["z"], eps=self.options.eps, elu=True, dtype=self.dtype,
         )  # fmt: skip
 
     def reference(self, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from difyops.engine.kernels.spans import Spans
-from difyops.engine.layers import GatedRMSNorm, product
+from difyops.engine.layers import GatedRMSNorm, RowNorm, product
 from difyops.engine.mixers import base, chunks
-from difyops.engine.mixers.base import Carry, Inputs, RecurrentMixer, within_length
+from difyops.engine.mixers.base import FEW, Carry, Inputs, RecurrentMixer, within_length
 from difyops.engine.mixers.chunks import by_head
 from difyops.engine.mixers.convolution import ShortConvolution
 from difyops.engine.state import LayerState, StateSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from difyops.engine.kernels import mamba2_few
 
 
 class Mamba2(RecurrentMixer):
@@ -78,7 +81,7 @@ class Mamba2(RecurrentMixer):
 
     def project(self, x: Tensor, positions: Tensor) -> Inputs:
         if self.fused:
-            mixed = product(x, self.in_proj.weight, self.in_proj.bias)
+            mixed = product(x, self.in_proj.weight, self.in_proj.bias, norm=self.taken)
             parts = [self.inner, self.conv1d.in_channels, self.options.heads]
             return dict(zip(("gate", "xBC", "dt"), torch.split(mixed, parts, dim=-1), strict=True))
         mixed = self._in_proj(x, slice(self.inner, None))
@@ -106,24 +109,60 @@ class Mamba2(RecurrentMixer):
         return chunks.join(out, count) + skip, {"h": state, "tail": tail}
 
     positional = False
+    residual = True
 
     @property
     def in_place(self) -> bool:
         return self.fused
 
     def advance(self, inputs: Inputs, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
-        from difyops.engine.kernels import mamba2 as kernel
+        from difyops.engine.kernels import decayed_chunk, mamba2
 
         o = self.options
         xbc = self.conv1d.advance(inputs["xBC"], state.slot["tail"], slots, spans)
-        return kernel.run(
+        run = decayed_chunk.ssd if decayed_chunk.pays(spans, len(xbc)) else mamba2.run
+        return run(
             xbc, inputs["dt"], state.slot["h"], slots, spans, self.A_log, self.dt_bias, self.D,
             o.groups, o.dt_min, o.dt_max,
         )  # fmt: skip
 
     def finish(self, out: Tensor, inputs: Inputs, x: Tensor) -> Tensor:
         out = self.norm(out, inputs["gate"])
-        return product(out, self.out_proj.weight, self.out_proj.bias)
+        return self._out(out, x)
+
+    def _out(self, mixed: Tensor, x: Tensor, norm: RowNorm | None = None) -> Tensor:
+        weight, bias = self.out_proj.weight, self.out_proj.bias
+        return product(mixed, weight, bias, norm=norm, onto=self.onto(x))
+
+    def finish_few(
+        self, inputs: Inputs, x: Tensor, state: LayerState, slots: Tensor, count: int, *, kept: bool
+    ) -> Tensor:
+        from difyops.engine.kernels import mamba2_few as kernel
+
+        # Several groups have several norms: not what a product takes in.
+        if count > FEW or self.options.groups > 1 or (kept and len(slots) > kernel.MOST):
+            return super().finish_few(inputs, x, state, slots, count, kept=kept)
+        gated = kernel.run(
+            inputs, state.slot, slots, self._weights(), count,
+            replay=None if kept else state.replay,
+        )  # fmt: skip
+        return self._out(gated, x, RowNorm(self.norm.weight, self.norm.eps))
+
+    def fold(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
+        if state.replay["xBC"].shape[1] > FEW:
+            super().fold(state, slots, accepted)
+            return
+        from difyops.engine.kernels import mamba2_few as kernel
+
+        kernel.fold(state.replay, state.slot, slots, accepted, self._weights())
+
+    def _weights(self) -> mamba2_few.Weights:
+        from difyops.engine.kernels.mamba2_few import Weights
+
+        o, conv = self.options, self.conv1d
+        return Weights(
+            conv.weight, conv.bias, self.A_log, self.dt_bias, self.D, o.groups, o.dt_min, o.dt_max
+        )
 
     def recur(self, inputs: Inputs, carry: Carry) -> tuple[Tensor, Carry]:
         xbc, tail = self.conv1d.recur(inputs["xBC"], carry["tail"])

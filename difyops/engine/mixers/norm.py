@@ -49,6 +49,8 @@ class Norm(HeadMixer):
         out, state = sums.recur(inputs["q"], inputs["k"], inputs["v"], carry["S"])
         return out, {"S": state}
 
+    residual = True
+
     @property
     def in_place(self) -> bool:
         return self.fused
@@ -61,7 +63,9 @@ class Norm(HeadMixer):
 
     def emit(self, out: Tensor, x: Tensor) -> Tensor:
         # Normed before it is rounded: the sums grow with the context.
-        return self.out(self.norm(out.flatten(-2)).to(x.dtype))
+        if self.fused:
+            return self.out(out.flatten(-2), x, self.norm.over_rows)
+        return self.out(self.norm(out.flatten(-2)), x)
 
     def reference(self, x: Tensor) -> Tensor:
         inputs = self.project(x, torch.arange(x.shape[0], device=x.device))

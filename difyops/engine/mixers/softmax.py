@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
+from torch.nn.attention.bias import causal_lower_right
 
 from difyops.engine import layers
+from difyops.engine.kernels.spans import Spans
 from difyops.engine.layers import Joined, RMSNorm, product, rotary
 from difyops.engine.mixers import base
 from difyops.engine.mixers.base import Mixer, drafted_positions
@@ -50,6 +53,8 @@ class Softmax(Mixer):
                 raise ValueError("value_dim: a gate needs values as wide as queries")
             return self
 
+    residual = True
+
     def __init__(self, width: int, options: Options) -> None:
         super().__init__()
         self.options = o = options
@@ -80,6 +85,8 @@ class Softmax(Mixer):
         return self._emit(out.transpose(1, 2), gate)
 
     def prefill(self, x: Tensor, state: LayerState, slots: Tensor, cu_seqlens: Tensor) -> Tensor:
+        if self.fused:
+            return self._paged(x, state, slots, Spans.packed(cu_seqlens))
         bounds = cu_seqlens.tolist()
         before = state.lengths[slots].tolist()
         spans = list(zip(bounds[:-1], bounds[1:], before, strict=True))
@@ -107,15 +114,19 @@ class Softmax(Mixer):
         """Without the kernels the longest context shapes the work."""
         return self.fused
 
+    @property
+    def graphable_prefill(self) -> bool:
+        return self.fused
+
     def fuse(self) -> None:
         if not self.fused:
             self._inward = Joined(self.q_proj, self.k_proj, self.v_proj)
         super().fuse()
 
     def verify(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
-        if self.fused:
-            return self._paged(x, state, slots)
         count = x.shape[1]
+        if self.fused:
+            return self._paged(x.flatten(0, 1), state, slots, Spans(count)).view_as(x)
         positions = drafted_positions(state, slots, count)
         q, k, v, gate = self._project(x, positions)
         self._store(k, v, state, slots[:, None].expand_as(positions), positions)
@@ -129,21 +140,27 @@ class Softmax(Mixer):
         out = _attend(q, state.token["k"][rows], state.token["v"][rows], allowed)
         return self._emit(out, gate)
 
-    def _paged(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
-        """verify by kernels that read the pages where they lie."""
+    def _paged(self, x: Tensor, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
+        """The tokens of each span, x [N, width], by kernels that find everything on the GPU; but
+        a long prompt by a library's, which is told lengths."""
         from difyops.engine.kernels import attention as kernel
 
         o = self.options
         pages = state.token["k"], state.token["v"], state.table, state.lengths, slots
-        q, gate, k, v = self._heads(*self._inward(x))
+        q, gate, k, v = self._heads(*self._inward(x, self.taken))
         frequencies, scale = self.frequencies.on(x) if o.rotary_dim else (None, 1.0)
         norms = (self.q_norm.weight, self.k_norm.weight) if o.qk_norm else (None, None)
         q = kernel.place(
-            q, k, v, *pages, state.page_size, frequencies=frequencies, scale=scale,
+            q, k, v, *pages, state.page_size, spans, frequencies=frequencies, scale=scale,
             q_norm=norms[0], k_norm=norms[1], eps=o.norm_eps, offset=o.norm_offset,
         )  # fmt: skip
-        out = kernel.attend(q, *pages, state.page_size, gate).flatten(-2)
-        return product(out, self.o_proj.weight, self.o_proj.bias)
+        if spans.begin is None or len(x) <= kernel.SHORT:
+            out = kernel.attend(q, *pages, state.page_size, spans, gate)
+        else:
+            out = _long(q, state, slots, spans)
+            out = out if gate is None else out * torch.sigmoid(gate)
+        out = out.flatten(-2)
+        return product(out, self.o_proj.weight, self.o_proj.bias, onto=self.onto(x))
 
     def commit(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
         """Nothing to do: verify wrote behind the length, and the length moves."""
@@ -164,7 +181,7 @@ class Softmax(Mixer):
         """q [..., H, Dk], k [..., Hkv, Dk], v [..., Hkv, Dv] and the gate [..., H, Dv]."""
         o = self.options
         if self.fused:
-            q, gate, k, v = self._heads(*self._inward(x))
+            q, gate, k, v = self._heads(*self._inward(x, self.taken))
         else:
             q, gate, k, v = self._heads(self.q_proj(x), self.k_proj(x), self.v_proj(x))
         if o.qk_norm:
@@ -214,6 +231,38 @@ class Frequencies:
         wanted: dict[str, Any] = {"device": x.device, "dtype": layers.wide(x.dtype)}
         self._inverse = self._inverse.to(**wanted)
         return self._inverse, self._scale
+
+
+def _long(q: Tensor, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
+    """Each sequence by itself, its keys and values gathered from their pages: q [N, H, Dk], of the
+    tokens of each span, whose keys are stored -> [N, H, Dv]."""
+    begin, end = spans.pointers or (slots, slots)
+    told = torch.stack((slots, state.lengths[slots], begin, end), dim=-1).tolist()
+    out = q.new_zeros(*q.shape[:2], state.token["v"].shape[-1])
+    for slot, before, first, last in told:
+        reach = torch.arange(before + last - first, device=q.device)
+        rows = state.rows(slots.new_full((), slot).expand_as(reach), reach)
+        out[first:last] = _behind(q[first:last], state.token["k"][rows], state.token["v"][rows])
+    return out
+
+
+def _behind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`_causal` where there may be much: no mask lies in memory, and the fastest library is asked.
+    That one's causal mask is square, so it reads what is earlier apart, and the two are joined by
+    the sums of their weights."""
+    earlier = len(k) - len(q)
+    if not earlier or q.dtype == torch.float32:
+        return _causal(q, k, v)
+    qh, kh, vh = (t.transpose(0, 1)[None] for t in (q, k, v))
+    if not can_use_cudnn_attention(SDPAParams(qh, kh, vh, None, 0.0, False, True)):
+        mask = causal_lower_right(len(q), len(k))
+        out = F.scaled_dot_product_attention(qh, kh, vh, attn_mask=mask, enable_gqa=True)
+        return out[0].transpose(0, 1)
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    old, before = attend(qh, kh[:, :, :earlier], vh[:, :, :earlier], None, True, 0.0, False)[:2]
+    new, among = attend(qh, kh[:, :, earlier:], vh[:, :, earlier:], None, True, 0.0, True)[:2]
+    share = torch.sigmoid(among - before).view(*new.shape[:3], 1)
+    return torch.lerp(old.float(), new.float(), share)[0].transpose(0, 1).to(q.dtype)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

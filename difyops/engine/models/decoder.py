@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difyops.engine.layers import Fusible, RMSNorm, wide
+from difyops.engine.layers import Fusible, Residual, RMSNorm, wide
 from difyops.engine.mixers.base import Mixer
 from difyops.engine.state import LayerState, StatePool, StateSpec, Track
 
@@ -35,15 +35,15 @@ class Shape:
     context: int
 
 
-class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP."""
+class Block(Fusible):
+    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP. Fused, it may change x."""
 
     def __init__(
         self,
         mixer_norm: RMSNorm,
         mixer: Mixer,
         mlp_norm: RMSNorm | None = None,
-        mlp: nn.Module | None = None,
+        mlp: Residual | None = None,
     ) -> None:
         super().__init__()
         self.mixer_norm = mixer_norm
@@ -51,7 +51,20 @@ class Block(nn.Module):
         self.mlp_norm = mlp_norm
         self.mlp = mlp
 
+    def fuse(self) -> None:
+        super().fuse()
+        if self.mixer.residual:
+            self.mixer.take(self.mixer_norm)
+        if self.mlp is not None and self.mlp_norm is not None:
+            self.mlp.take(self.mlp_norm)
+
     def forward(self, x: Tensor, run: Run, state: LayerState | None) -> Tensor:
+        if self.fused:
+            if self.mixer.taken:
+                x = run(self.mixer, x, state)
+            else:
+                x = x + run(self.mixer, self.mixer_norm(x), state)
+            return x if self.mlp is None else self.mlp(x)
         mixed = run(self.mixer, self.mixer_norm(x), state)
         if self.mlp is None or self.mlp_norm is None:
             return x + mixed
@@ -69,6 +82,7 @@ class Decoder(nn.Module):
     """
 
     blocks: Sequence[Block]
+    fused = False
 
     def __init__(
         self,
@@ -97,6 +111,7 @@ class Decoder(nn.Module):
 
     def fuse(self) -> None:
         """Use the kernels for a GPU (see layers.Fusible)."""
+        self.fused = True
         for module in self.modules():
             if isinstance(module, Fusible):
                 module.fuse()

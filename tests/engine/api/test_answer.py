@@ -120,7 +120,7 @@ def test_outputs_that_piled_up_become_one() -> None:
 
 def test_nothing_is_lost_between_the_threads() -> None:
     async def main() -> list[int]:
-        inbox, outputs = Inbox(), asyncio.Queue[tuple[int, Output]]()
+        inbox, outputs = Inbox(), asyncio.Queue[list[tuple[int, Output]]]()
         puts = [inbox.deliver(outputs, index) for index in range(3)]
 
         def engine() -> None:
@@ -131,9 +131,9 @@ def test_nothing_is_lost_between_the_threads() -> None:
         thread.start()
         got = []
         while len(got) < 3000:
-            index, output = await asyncio.wait_for(outputs.get(), 5)
-            assert output.tokens[0] % 3 == index
-            got.append(output.tokens[0])
+            for index, output in await asyncio.wait_for(outputs.get(), 5):
+                assert output.tokens[0] % 3 == index
+                got.append(output.tokens[0])
         thread.join()
         return got
 

@@ -20,8 +20,8 @@ import pytest
 from difyops.engine import config, opening, serve
 from difyops.engine.prefix import Usage
 from difyops.engine.request import Request, SamplingParams
-from difyops.engine.runner import Counters, Stats
 from difyops.engine.slots import IntegrityError
+from difyops.engine.stats import Counters, Stats
 from difyops.errors import PrerequisiteError, UsageError
 from tests.serving.conftest import Running
 
