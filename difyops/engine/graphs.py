@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from difyops.engine.models.decoder import Decoder
+from difyops.engine.speculate import OnDevice
 from difyops.engine.state import StatePool
 from difyops.engine.transfer import Coming, sent
 
@@ -58,6 +59,8 @@ class Steps(Protocol):
 
     #: Whether CHOSEN is understood, and no pass waits for the one before it.
     ahead: bool
+    #: Whether what drafts reads along in `run`.
+    drafted: bool
 
     def run(self, tokens: Sequence[int], slots: Sequence[int]) -> Stepped:
         """One token each: the states of `slots` move on, and their lengths."""
@@ -80,6 +83,7 @@ class Eager:
     """Kernel by kernel, on any device."""
 
     ahead = False
+    drafted = False
 
     def __init__(self, model: Decoder, pool: StatePool) -> None:
         self._model = model
@@ -124,6 +128,21 @@ def best(logits: Tensor) -> Tensor:
     return found.masked_fill(broken, BROKEN)
 
 
+def score(model: Decoder, hidden: Tensor, logits: Tensor, chosen: Tensor) -> None:
+    """Logits [R, V] and their `best` [R] of hidden states [R, width], put where they are to lie."""
+    weight = model.head.weight
+    if not model.fused:
+        chosen.copy_(best(torch.mm(hidden, weight.T, out=logits)))
+        return
+    from difyops.engine.kernels import choice, product
+
+    if len(hidden) <= product.FEW:
+        product.row(hidden, weight, out=logits)
+    else:
+        torch.mm(hidden, weight.T, out=logits)
+    choice.best(logits, BROKEN, chosen)
+
+
 class Recorder:
     """Makes graphs, which share their memory: no two run at the same time."""
 
@@ -151,9 +170,15 @@ class Captured:
     ahead = True
 
     def __init__(
-        self, model: Decoder, pool: StatePool, record: Callable[[Work], Work] | None = None
+        self,
+        model: Decoder,
+        pool: StatePool,
+        record: Callable[[Work], Work] | None = None,
+        drafter: OnDevice | None = None,
     ) -> None:
-        """`record` makes a graph of some work, as a Recorder does."""
+        """`record` makes a graph of some work, as a Recorder does. `drafter` reads along."""
+        self.drafted = drafter is not None
+        self._drafter = drafter
         self._model = model
         self._pool = pool
         self._eager = Eager(model, pool)
@@ -236,6 +261,9 @@ class Captured:
         hidden = self._model.step(tokens, self._pool, slots)
         self._hidden[:size] = hidden
         self._choose_best(hidden, slots)
+        if self._drafter is not None:
+            there = (slots > 0).to(slots.dtype)
+            self._drafter.follow(tokens[:, None], hidden[:, None], there, slots, self._pool)
 
     def _read(self, size: int) -> None:
         width = self._at_once
@@ -248,14 +276,5 @@ class Captured:
 
     def _choose_best(self, hidden: Tensor, slots: Tensor) -> None:
         logits, chosen = self._logits[: len(slots)], self._chosen[: len(slots)]
-        if self._model.fused:
-            from difyops.engine.kernels import choice, product
-
-            if len(slots) <= product.FEW:
-                product.row(hidden, self._weight, out=logits)
-            else:
-                torch.mm(hidden, self._weight.T, out=logits)
-            choice.best(logits, BROKEN, chosen)
-        else:
-            chosen.copy_(best(torch.mm(hidden, self._weight.T, out=logits)))
+        score(self._model, hidden, logits, chosen)
         self.choose(slots, chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import threading
 import time
@@ -13,16 +14,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from difyops.engine import graphs, kernels, sample
-from difyops.engine.adapt import Adaptive
+from difyops.engine import graphs, kernels, sample, windows
 from difyops.engine.flight import Flight
+from difyops.engine.guessing import Guessing
 from difyops.engine.keeping import Keeping
 from difyops.engine.models.decoder import Decoder
 from difyops.engine.prefix import PrefixCache
 from difyops.engine.request import EngineStopped, FinishReason, Output, Request, TokenLogprob
 from difyops.engine.scheduler import Batch, Limits, Scheduler, Span
 from difyops.engine.slots import IntegrityError
-from difyops.engine.speculate import Drafter, Read, packed, state_specs, windows
+from difyops.engine.speculate import Drafter, Read, state_specs
 from difyops.engine.state import Snapshot, StatePool, StateSpec
 from difyops.engine.stats import Counters, Stats
 from difyops.engine.transfer import sent
@@ -80,8 +81,6 @@ class Engine:
             model.fuse()
         self.context = context
         self.drafter = drafter
-        self._adaptive = Adaptive(most) if most and guesses is None else None
-        self._last_guesses = guesses or 0  # for good, where nothing adapts
         window = 1 + most
         self.pool = StatePool(
             model.state_specs(),
@@ -93,6 +92,9 @@ class Engine:
             device=self.device,
         )
         self._steps: graphs.Steps = graphs.Eager(model, self.pool)
+        self._guessing: Guessing | None = None
+        if drafter is not None:
+            self._guessing = Guessing(windows.Eager(model, self.pool, drafter), most, guesses)
         self.cache: PrefixCache[Snapshot] | None = (
             PrefixCache(prefix_bytes, self.pool.drop) if prefix_bytes else None
         )
@@ -182,7 +184,7 @@ class Engine:
                 state_bytes=self.pool.bytes,
                 counters=copy.deepcopy(self._counters),
                 prefix=self.cache.stats() if self.cache is not None else None,
-                guesses=self._last_guesses,
+                guesses=self._guessing.now if self._guessing is not None else 0,
             )
 
     @torch.inference_mode()
@@ -198,7 +200,18 @@ class Engine:
         self.model.logits(hidden)
         self.pool.release(slot)
         if graphs.possible(self.model):
-            self._steps = graphs.Captured(self.model, self.pool)
+            self._capture()
+
+    def _capture(self) -> None:
+        record, reader = graphs.Recorder(), windows.reader(self.drafter)
+        self._steps = graphs.Captured(self.model, self.pool, record, reader)
+        if self._guessing is None or self.drafter is None:
+            return
+        if windows.possible(self.model, self.drafter):
+            numbers = self._guessing.numbers
+            self._guessing.windows = windows.Captured(
+                self.model, self.pool, self.drafter, numbers, record
+            )
 
     @torch.inference_mode()
     def _main(self) -> None:
@@ -229,7 +242,7 @@ class Engine:
     def _pass(self, batch: Batch) -> None:
         """Run the batch. What the one before it chose is taken in meanwhile, or where the host has
         to know it, before."""
-        k = self._guesses(batch.decode) if batch.decode else 0
+        k = self._guessing.choose(batch.decode) if self._guessing and batch.decode else 0
         before, self._flight = self._flight, None
         if batch and not k and self._steps.ahead and all(map(sample.is_free, batch.requests)):
             self._flight = self._tried(batch, lambda: self._launch(batch))
@@ -275,8 +288,8 @@ class Engine:
             if request.finish is None
         }
         began, self._landed = max(flight.began, self._landed), time.monotonic()
-        if self._adaptive is not None and not flight.batch.prefill:
-            self._adaptive.took(len(flight.batch.decode), 0, self._landed - began)
+        if self._guessing is not None and not flight.batch.prefill:
+            self._guessing.took(len(flight.batch.decode), 0, self._landed - began)
         self._hand_out(flight.batch, outputs)
 
     def _run(self, batch: Batch, k: int) -> dict[Request, Output]:
@@ -285,19 +298,23 @@ class Engine:
         if batch.prefill:
             read = self._prefill(batch.prefill)
             done = [span.request for span in batch.prefill if span.last]
-            self._judge(done, read.logits[:, None], [[]] * len(done), outputs, read.best)
-        if batch.decode:
-            began = time.monotonic()
-            if k:
-                self._read_in(batch.decode)
-                self._speculate(batch.decode, k, outputs)
-            else:
-                step = self._step(batch.decode)
-                guesses: list[list[int]] = [[]] * len(batch.decode)
-                self._judge(batch.decode, step.logits[:, None], guesses, outputs, step.best)
-            if self._adaptive is not None:
-                self._adaptive.took(len(batch.decode), k, time.monotonic() - began)
+            self._choose(done, read, outputs)
+        if batch.decode and self._guessing is None:
+            self._choose(batch.decode, self._step(batch.decode), outputs)
+        elif batch.decode and self._guessing is not None:
+            with self._guessing.measured(len(batch.decode), k):
+                if k:
+                    self._speculate(self._guessing, batch.decode, k, outputs)
+                else:
+                    self._choose(batch.decode, self._step(batch.decode), outputs)
         return outputs
+
+    def _choose(
+        self, requests: Sequence[Request], stepped: graphs.Stepped, outputs: dict[Request, Output]
+    ) -> None:
+        """The next token of each."""
+        best = None if stepped.best is None else [[token] for token in stepped.best]
+        self._judge(requests, stepped.logits[:, None], [[]] * len(requests), outputs, best)
 
     def _prefill(self, spans: Sequence[Span]) -> graphs.Stepped:
         """The logits are of the prompts that are read to their end."""
@@ -320,7 +337,8 @@ class Engine:
         self._read_in(requests)
         tokens = [r.tokens[-1] if r.pending else graphs.CHOSEN for r in requests]
         step = self._steps.run(tokens, [request.slot or 0 for request in requests])
-        self._drafter_reads(step.tokens, step.hidden, step.slots, step.bounds)
+        if not self._steps.drafted:
+            self._drafter_reads(step.tokens, step.hidden, step.slots, step.bounds)
         for request in requests:
             request.computed += 1
         return step
@@ -332,47 +350,50 @@ class Engine:
         self._counters.prompt_tokens += last
 
     def _speculate(
-        self, requests: Sequence[Request], k: int, outputs: dict[Request, Output]
-    ) -> None:
+        self, guessing: Guessing, requests: Sequence[Request], k: int,
+        outputs: dict[Request, Output],
+    ) -> None:  # fmt: skip
         """One token each, and of `k` guesses behind it those that come true."""
-        if self.drafter is None:
-            raise ValueError("nothing drafts")
-        slots = self._slots(requests)
-        drafts = self.drafter.draft(requests, slots, self.pool, k)
-        window = windows(requests, drafts)
-        hidden = self.model.verify(window, self.pool, slots)
+        self._read_in(requests)
+        seen = guessing.windows.run(requests, k, self.context)
         # One that wants no guesses goes along with the others' window.
         guesses = [
-            row if r.speculate else [] for r, row in zip(requests, drafts.tolist(), strict=True)
+            row if r.speculate else [] for r, row in zip(requests, seen.guesses, strict=True)
         ]
-        taken = self._judge(requests, self.model.logits(hidden), guesses, outputs)
-        accepted = self._tensor(taken)
-        self.model.commit(self.pool, slots, accepted)
-        bounds = torch.cat((accepted.new_zeros(1), accepted.cumsum(0)))
-        self._drafter_reads(packed(window, accepted), packed(hidden, accepted), slots, bounds)
-        for request, guessed, count in zip(requests, guesses, taken, strict=True):
-            request.computed += count
+        taken = self._judge(requests, seen.logits, guesses, outputs, seen.best)
+        moved = seen.accepted or guessing.windows.settle(taken)
+        for request, guessed, count, move in zip(requests, guesses, taken, moved, strict=True):
+            over = outputs[request].finish is not None
+            if move != count and not over:
+                raise IntegrityError(f"{move} tokens were taken in where {count} came true")
+            # A state behind the end of its answer is nobody's beginning.
+            request.computed = request.computed + count if move == count else 0
             # Guesses behind the end of an answer were neither right nor wrong.
-            self._learn(guessed, count - 1, count if outputs[request].finish is None else count - 1)
+            guessing.learn(self._counters, guessed, count - 1, count - 1 if over else count)
 
     def _judge(
         self,
         requests: Sequence[Request],
-        logits: Tensor,
+        logits: Tensor | None,
         guesses: Sequence[Sequence[int]],
         outputs: dict[Request, Output],
-        best: Sequence[int] | None = None,
+        best: Sequence[Sequence[int]] | None = None,
     ) -> list[int]:
         """Choose tokens along each row of logits [B, K, V] for as long as the guesses come true.
 
         Answers how many places of each row count: the tokens at them are in the sequence now.
         Every place is chosen after the tokens before it were taken in, so that a grammar's mask
-        and penalties are those of plain decoding. `best`: see sample.choose, where K is 1.
+        and penalties are those of plain decoding. `best` ([B][K]): see sample.choose; without
+        logits all there is.
         """
         taken, going = [0] * len(requests), list(range(len(requests)))
-        for place in range(logits.shape[1]):
-            rows = logits[:, place] if len(going) == len(requests) else logits[going, place]
-            choices = sample.choose(rows, [requests[i] for i in going], best)
+        for place in itertools.count():
+            known = [best[i][place] for i in going] if best is not None else None
+            if logits is None:
+                choices = [sample.known(token) for token in known or ()]
+            else:
+                rows = logits[:, place] if len(going) == len(requests) else logits[going, place]
+                choices = sample.choose(rows, [requests[i] for i in going], known)
             still = []
             for i, choice in zip(going, choices, strict=True):
                 request, taken[i] = requests[i], place + 1
@@ -388,32 +409,9 @@ class Engine:
             going = still
         return taken
 
-    def _guesses(self, requests: Sequence[Request]) -> int:
-        """How many tokens to guess now; the log hears what was settled."""
-        if self.drafter is None or not any(request.speculate for request in requests):
-            return 0
-        if self._adaptive is None:
-            return self._last_guesses
-        batch = len(requests)
-        if (k := self._adaptive.news(batch, time.monotonic())) is not None:
-            which = f"{k} token{'' if k == 1 else 's'}" if k else "off, it does not pay"
-            log.info("speculation by %s with %d running: %s", self.drafter.name, batch, which)
-        self._last_guesses = self._adaptive.choose(batch)
-        return self._last_guesses
-
     def _drafter_reads(self, tokens: Tensor, hidden: Tensor, slots: Tensor, cu: Tensor) -> None:
         if self.drafter is not None:
             self.drafter.read(Read(tokens, hidden, slots, cu), self.pool)
-
-    def _learn(self, guessed: Sequence[int], hits: int, judged: int) -> None:
-        """Count guesses that came true among the first `judged` ones."""
-        tried = min(judged, sum(guess >= 0 for guess in guessed))
-        counts = self._counters
-        for place in range(tried):
-            counts.drafted[place] = counts.drafted.get(place, 0) + 1
-            counts.accepted[place] = counts.accepted.get(place, 0) + (place < hits)
-        if self._adaptive is not None:
-            self._adaptive.came_true(hits, min(judged, len(guessed)))
 
     def _hand_out(self, batch: Batch, outputs: Mapping[Request, Output]) -> None:
         with self._turn:

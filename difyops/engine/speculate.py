@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from difyops.engine.models.decoder import Decoder
+from difyops.engine.models.decoder import Block, Decoder
 from difyops.engine.request import Request
 from difyops.engine.state import StatePool, StateSpec
 
@@ -59,6 +59,41 @@ class Drafter(ABC):
         """
 
 
+class OnDevice(Drafter):
+    """Guesses where the model runs: from the last token's number and the state alone, and without
+    a wait for the device, so that it may be captured as a graph."""
+
+    #: Tokens that a sequence has to have in its state before it is guessed for.
+    depth: int = 0
+
+    def blocks(self) -> Sequence[Block]:
+        """What it runs that has a state."""
+        return ()
+
+    def draft(self, requests: Sequence[Request], slots: Tensor, pool: StatePool, k: int) -> Tensor:
+        tokens = torch.zeros(len(requests), 1 + k, dtype=torch.int64, device=slots.device)
+        tokens[:, 0] = torch.tensor([request.tokens[-1] for request in requests])
+        self.guess(tokens, slots, pool)
+        return tokens[:, 1:]
+
+    @abstractmethod
+    def guess(self, window: Tensor, slots: Tensor, pool: StatePool) -> None:
+        """Fill the places behind the first, which holds the last tokens: window [B, 1 + k]."""
+
+    @abstractmethod
+    def follow(
+        self, window: Tensor, hidden: Tensor, accepted: Tensor, slots: Tensor, pool: StatePool
+    ) -> None:
+        """`read` of the first `accepted` ([B]) of window [B, K] with hidden states [B, K, width].
+
+        More than one only of sequences that had `depth` tokens before.
+        """
+
+    def judged(self, guesses: Tensor, best: Tensor) -> Tensor:
+        """What is compared with the model's own tokens `best`: both int64 [B, k]."""
+        return guesses
+
+
 def state_specs(model: Decoder, drafter: Drafter | None) -> list[StateSpec]:
     """All that a sequence keeps: the model's layers, and those of what drafts for it."""
     tracks = drafter.tracks() if drafter is not None else []
@@ -93,7 +128,7 @@ def look_up(tokens: Sequence[int], longest: int, k: int, reach: int = 4096) -> l
     return []
 
 
-def windows(requests: Sequence[Request], drafts: Tensor) -> Tensor:
+def window(requests: Sequence[Request], drafts: Tensor) -> Tensor:
     """What verify is given: each request's last token and its draft, [B, 1 + k]. A place without a
     guess is token 0, which `accepted` never takes for one."""
     last = torch.tensor([request.tokens[-1] for request in requests], device=drafts.device)

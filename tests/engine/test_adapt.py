@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -98,3 +99,50 @@ def test_prompt_lookup_repeats_what_followed(tokens: list[int], longest: int, k:
             assert guess == tokens[after : after + k]
             return
     assert guess == []
+
+
+def seconds_a_token(rate: float, costs: Sequence[float], tokens: int, most: int = 4) -> float:
+    """Of a fresh engine that makes so many tokens; the first pass of its kind takes twice."""
+    adaptive, dice = Adaptive(most), random.Random(2)
+    made, spent, seen = 0, 0.0, set[int]()
+    while made < tokens:
+        k = adaptive.choose(8)
+        cost = costs[k] * (1 if k in seen else 2)
+        seen.add(k)
+        adaptive.took(8, k, cost)
+        hits = next((i for i in range(k) if dice.random() > rate), k)
+        adaptive.came_true(hits, min(hits + 1, k))
+        spent, made = spent + cost, made + 1 + hits
+    return spent / made
+
+
+#: Seconds of a pass with 0 to 4 guesses.
+MACHINES = {
+    "cpu": (7.0, 13.0, 18.0, 22.0, 27.0),
+    "gpu": (1.0, 1.25, 1.4, 1.55, 1.7),
+    "full gpu": (1.0, 1.8, 2.4, 3.0, 3.6),
+}
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_it_is_not_slower_than_without_guesses(machine: str, rate: float) -> None:
+    costs = MACHINES[machine]
+    assert seconds_a_token(rate, costs, 4000) < 1.025 * costs[0]
+    # What is learnt from a short answer costs few passes, too.
+    warm_up = costs[0] / 16
+    assert seconds_a_token(rate, costs, 16) - warm_up < 1.8 * costs[0]
+
+
+def test_a_new_size_of_batch_learns_from_another() -> None:
+    adaptive = Adaptive(4)
+    play(adaptive, 0.9, 1.0, 0.05)
+    assert [adaptive.choose(30), adaptive.took(30, 0, 3.0)] == [0, None]
+    assert adaptive.choose(30) == 4  # without a try of each
+
+
+def test_no_more_guesses_than_there_are_graphs_for() -> None:
+    adaptive = Adaptive(4)
+    play(adaptive, 0.95, 1.0, 0.01)
+    assert {adaptive.choose(1, 2) for _ in range(200)} <= {0, 1, 2}
+    assert adaptive.choose(1, 0) == 0

@@ -15,15 +15,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from difyops.engine import graphs
+from difyops.engine import drafters, graphs, windows
 from difyops.engine.load import load
+from difyops.engine.mixers import Mixer, Softmax
 from difyops.engine.models.decoder import Decoder
 from difyops.engine.request import Request
 from difyops.engine.runner import Engine
 from difyops.engine.speculate import Drafter
 from difyops.engine.state import StatePool
 from tests.engine import tiny
-from tests.engine.test_exact import CONTEXT, VOCABULARY, Foreseen, answers, asked, ended, prompts
+from tests.engine.test_exact import (
+    CONTEXT,
+    VOCABULARY,
+    Foreseen,
+    answers,
+    asked,
+    drafting,
+    ended,
+    prompts,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -51,6 +61,10 @@ def on_gpu(model: Decoder, drafter: Drafter | None = None, **options: int) -> En
     assert isinstance(engine._steps, graphs.Captured)
     engine.start()
     return engine
+
+
+def mixers(engine: Engine) -> list[Mixer]:
+    return [block.mixer for block in engine.model.blocks]
 
 
 class Guessing(Foreseen):
@@ -93,9 +107,37 @@ def test_it_says_what_the_cpu_says(kind: str) -> None:
     for _ in range(2):  # again, from kept prefixes
         asking = asked(texts)
         ties.append(differ(model, asking, got, answers(guessing, asking)))
+    if all(isinstance(m, Softmax) or getattr(m, "in_place", False) for m in mixers(guessing)):
+        assert isinstance(guessing._guessing.windows, windows.Captured)
     assert guessing.stats().counters.accepted[0] > 20
     ended(guessing)
     print(f"{kind}: of {len(texts)} answers {ties} differ, at near-ties")
+
+
+@pytest.mark.parametrize("name", ["mtp", "recurrent mtp", "3 mtp", "medusa", "ngram", "draft"])
+def test_windows_under_graphs_are_the_eager_ones(name: str) -> None:
+    """The same answers, and the same guesses behind the same texts."""
+    model, texts = drafting(name)[0].float().cuda(), prompts(16, seed=2)
+    found, counts = [], []
+    for eager in (False, True):
+        drafter = drafters.choose(name.split()[-1], model, copy.deepcopy(model))
+        assert drafter is not None
+        options = {"slots": 5, "context": CONTEXT, "prefill_tokens": 48, "prefix_bytes": 1 << 24}
+        engine = Engine(model, drafter=drafter, guesses=drafter.most, **options)
+        engine.warm_up()
+        assert engine._guessing is not None
+        assert isinstance(engine._guessing.windows, windows.Captured)
+        if eager:
+            engine._guessing.windows = windows.Eager(model, engine.pool, drafter)
+        engine.start()
+        found.append(answers(engine, asked(texts)) + answers(engine, asked(texts)))
+        counts.append(engine.stats().counters.accepted)
+        ended(engine)
+    ties = differ(copy.deepcopy(model).cpu().double(), asked(texts) * 2, *found)
+    print(f"{name}: {ties} of {len(found[0])} answers differ, at near-ties; accepted {counts}")
+    # A prompt shorter than a module is deep is first stepped, and guesses may be near-ties, too.
+    total, other = (sum(count.values()) for count in counts)
+    assert abs(total - other) <= 6 + 0.05 * other
 
 
 def test_nothing_is_lost_under_a_random_load() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from difyops.engine.layers import RMSNorm, product
 from difyops.engine.models.decoder import Block, Decoder, Run
 from difyops.engine.state import LayerState
 
@@ -23,7 +24,7 @@ class MultiTokenPrediction(nn.Module):
 
     blocks: Sequence[Block]
 
-    def __init__(self, width: int, blocks: Sequence[Block], norm: Callable[[], nn.Module]) -> None:
+    def __init__(self, width: int, blocks: Sequence[Block], norm: Callable[[], RMSNorm]) -> None:
         super().__init__()
         self.pre_fc_norm_embedding = norm()
         self.pre_fc_norm_hidden = norm()
@@ -35,8 +36,17 @@ class MultiTokenPrediction(nn.Module):
         self, embedded: Tensor, hidden: Tensor, run: Run, layers: Sequence[LayerState | None]
     ) -> Tensor:
         """embedded, hidden: [..., width], e and h[d - 1] of each place -> h[d], [..., width]."""
+        return self.through(self.paired(embedded, hidden), run, layers)
+
+    def paired(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """What fc reads: [..., 2 width]."""
         both = (self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden))
-        x = self.fc(torch.cat(both, dim=-1))
+        return torch.cat(both, dim=-1)
+
+    def through(self, x: Tensor, run: Run, layers: Sequence[LayerState | None]) -> Tensor:
+        """What follows `paired`: [..., 2 width] -> h[d]."""
+        fc = self.fc
+        x = product(x, fc.weight, None) if self.norm.fused else fc(x)
         for block, state in zip(self.blocks, layers, strict=True):
             x = block(x, run, state)
         normed: Tensor = self.norm(x)

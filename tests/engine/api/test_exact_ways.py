@@ -13,8 +13,16 @@ from difyops.engine.state import Snapshot, StatePool
 from difyops.secrets import Secret
 from tests.engine.api.conftest import HI, KEY, MODEL, Local
 
-#: Speculation that takes place, whether it pays or not.
 EXACT: dict[str, Any] = {"dtype": "float32", "speculate": "ngram", "prefix_cache": 10**9}
+
+
+def started(start: Callable[..., Local]) -> Local:
+    """Two guesses in every pass, whether they pay or not."""
+    server = start(**EXACT)
+    guessing = server.engine._guessing
+    assert guessing is not None
+    guessing.adaptive, guessing.now = None, 2
+    return server
 
 
 def compared(server: Local) -> exact.Comparison:
@@ -25,7 +33,7 @@ def compared(server: Local) -> exact.Comparison:
 
 
 def test_our_engine_is_exact_every_way(start: Callable[..., Local]) -> None:
-    server = start(**EXACT)
+    server = started(start)
     found = compared(server)
     assert found.difference is None, str(found.difference)
     assert found.answers == 7
@@ -39,7 +47,7 @@ def test_our_engine_is_exact_every_way(start: Callable[..., Local]) -> None:
 def test_a_cache_that_loses_some_state_is_found(
     start: Callable[..., Local], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = start(**EXACT)
+    server = started(start)
     right = StatePool.restore
 
     def restore(self: StatePool, slot: int, snapshot: Snapshot) -> None:
@@ -57,9 +65,7 @@ def test_a_cache_that_loses_some_state_is_found(
 
 
 def test_a_request_without_speculation(start: Callable[..., Local]) -> None:
-    server = start(**EXACT)
-    # Two guesses in every pass, whether they pay or not.
-    server.engine._adaptive, server.engine._last_guesses = None, 2
+    server = started(start)
 
     def drafted() -> int:
         return sum(server.engine.stats().counters.drafted.values())
