@@ -25,6 +25,7 @@ from difyops.bench import (
     gpu_http,
     gpu_load,
     gpu_peer,
+    gpu_spec,
     gpu_step,
 )
 from difyops.bench.gpu_model import (
@@ -46,6 +47,7 @@ OF_A_SHAPE: Mapping[str, Callable[[Subject], Iterable[Row]]] = {
     "decode": gpu_step.decode,
     "engine": gpu_engine.engine,
     "prompt": gpu_step.prompt,
+    "speculation": gpu_spec.rows,
     "profile": gpu_step.profile,
     "http": gpu_http.http,
     "peer": gpu_peer.peer,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from difyops.bench.gpu_model import SHAPES, Row, Subject, build
 from difyops.engine import drafters
 from difyops.engine.models.decoder import Decoder
 from difyops.engine.models.mtp import modules
@@ -25,7 +26,7 @@ PROMPT, ANSWER = 128, 512
 
 
 @dataclass(frozen=True)
-class Row:
+class Gain:
     """`guesses` None: as many as pay. `gain`: `rate` beside that of the same engine without any."""
 
     sequences: int
@@ -35,13 +36,33 @@ class Row:
     gain: float
 
 
-def measure(model: Decoder, sequences: Sequence[int]) -> Iterator[Row]:
+def rows(subject: Subject) -> Iterator[Row]:
+    """Of a shape that has a published module of multi-token prediction."""
+    config = SHAPES[subject.name]
+    if config["model_type"] != "qwen3_5_text":
+        return
+    model = build({**config, "mtp_num_hidden_layers": 1})
+    model.fuse()
+    for gain in measure(model, subject.wanted.sequences):
+        guesses = "adaptive" if gain.guesses is None else gain.guesses
+        yield Row(
+            subject.name,
+            f"guesses {guesses} at {gain.acceptance}" if gain.guesses != 0 else "no guesses",
+            gain.sequences,
+            gain.sequences / gain.rate,
+            gain.rate,
+            note=f"{gain.gain:.2f} x without",
+            facts=vars(gain),
+        )
+
+
+def measure(model: Decoder, sequences: Sequence[int]) -> Iterator[Gain]:
     """`model` has a module of multi-token prediction, and lies on a GPU."""
     for size in sequences:
         off = _Run(model, size, None, 0)
         base = off.tokens_per_second()
         off.engine.stop()
-        yield Row(size, 0.0, 0, base, 1.0)
+        yield Gain(size, 0.0, 0, base, 1.0)
         for guesses in GUESSES:
             rates = (0.5, 0.7, 0.85, 0.9) if guesses == 1 else RATES
             synthetic = drafters.SyntheticAcceptance(
@@ -51,7 +72,7 @@ def measure(model: Decoder, sequences: Sequence[int]) -> Iterator[Row]:
             for rate in rates:
                 synthetic.draw(rate)
                 speed = run.tokens_per_second()
-                yield Row(size, rate, guesses, speed, speed / base)
+                yield Gain(size, rate, guesses, speed, speed / base)
             run.engine.stop()
 
 

@@ -31,7 +31,7 @@ def test_what_is_allocated_is_what_was_computed(states_in: torch.dtype | None) -
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    model = gpu.build("qwen3.5-0.8b")
+    model = gpu.build(gpu.SHAPES["qwen3.5-0.8b"])
     model.states_in = states_in
     found = sizing.needs(model, context=4096, prefill_tokens=8192)
     engine = Engine(model, slots=128, context=4096, pages=8000, prefill_tokens=8192)
