@@ -119,7 +119,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def run(wanted: Wanted, progress: Progress) -> Found:
-    """What fails, fails by itself, as a row that says why.
+    """What fails, fails by itself, as a row that says why; Ctrl-C ends it with what there is.
 
     Raises UsageError for a shape or part that is none, PrerequisiteError without a GPU.
     """
@@ -131,14 +131,23 @@ def run(wanted: Wanted, progress: Progress) -> Found:
         )
     limits = measure_limits()
     rows: list[Row] = []
+    try:
+        # One by one: what was measured before an interruption is not lost.
+        for row in _all(wanted, limits, progress):
+            rows.append(row)
+    except KeyboardInterrupt:
+        rows.append(Row("", "the rest", None, note="interrupted", failed=True))
+    return Found(torch.cuda.get_device_name(), limits, tuple(rows))
+
+
+def _all(wanted: Wanted, limits: Limits, progress: Progress) -> Iterator[Row]:
     for name in wanted.shapes if set(OF_A_SHAPE) & set(wanted.parts) else ():
-        rows += _of_a_shape(name, wanted, limits, progress)
+        yield from _of_a_shape(name, wanted, limits, progress)
         _free()
     for part, measure in APART.items():
         if part in wanted.parts:
-            rows += _guarded("", part, partial(measure, wanted, limits), progress)
+            yield from _guarded("", part, partial(measure, wanted, limits), progress)
             _free()
-    return Found(torch.cuda.get_device_name(), limits, tuple(rows))
 
 
 def check(option: str, given: Iterable[str], known: Iterable[str]) -> None:
