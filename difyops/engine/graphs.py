@@ -249,13 +249,9 @@ class Captured:
     def _choose_best(self, hidden: Tensor, slots: Tensor) -> None:
         logits, chosen = self._logits[: len(slots)], self._chosen[: len(slots)]
         if self._model.fused:
-            from difyops.engine.kernels import choice, product
+            from difyops.engine.kernels import choice
 
-            if len(slots) <= product.FEW:
-                product.row(hidden, self._weight, out=logits)
-            else:
-                torch.mm(hidden, self._weight.T, out=logits)
-            choice.best(logits, BROKEN, chosen)
+            choice.best(torch.mm(hidden, self._weight.T, out=logits), BROKEN, chosen)
         else:
             chosen.copy_(best(torch.mm(hidden, self._weight.T, out=logits)))
         self.choose(slots, chosen)
