@@ -130,16 +130,12 @@ def best(logits: Tensor) -> Tensor:
 
 def score(model: Decoder, hidden: Tensor, logits: Tensor, chosen: Tensor) -> None:
     """Logits [R, V] and their `best` [R] of hidden states [R, width], put where they are to lie."""
-    weight = model.head.weight
+    torch.mm(hidden, model.head.weight.T, out=logits)
     if not model.fused:
-        chosen.copy_(best(torch.mm(hidden, weight.T, out=logits)))
+        chosen.copy_(best(logits))
         return
-    from difyops.engine.kernels import choice, product
+    from difyops.engine.kernels import choice
 
-    if len(hidden) <= product.FEW:
-        product.row(hidden, weight, out=logits)
-    else:
-        torch.mm(hidden, weight.T, out=logits)
     choice.best(logits, BROKEN, chosen)
 
 

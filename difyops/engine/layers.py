@@ -44,11 +44,13 @@ def product(
     from difyops.engine.kernels import product as kernel
     from difyops.engine.kernels.norm import rms_norm
 
-    if x.numel() <= kernel.FEW * x.shape[-1]:
+    lines, width = weight.shape
+    rows = x.numel() // width
+    if norm is not None and not kernel.norms(rows, width):
+        x, norm = rms_norm(x, norm, weight.dtype), None
+    if kernel.suits(rows, lines):
         return kernel.row(x, weight, bias, norm=norm, onto=onto)
-    if norm is not None:
-        x = rms_norm(x, norm, weight.dtype)
-    elif x.dtype != weight.dtype:
+    if x.dtype != weight.dtype:
         x = x.to(weight.dtype)
     if onto is None:
         return F.linear(x, weight, bias)
@@ -81,12 +83,15 @@ class Joined:
 
     def gated(self, x: Tensor, norm: RowNorm | None = None) -> Tensor:
         """silu of what the first of two layers answers, times what the second does."""
-        from difyops.engine.kernels import norm as norms
         from difyops.engine.kernels import product as kernel
+        from difyops.engine.kernels.norm import rms_norm, silu_product
 
-        if x.numel() <= kernel.FEW * x.shape[-1]:
-            return kernel.row(x, self._weight, self._bias, norm=norm, silu=True)
-        return norms.silu_product(self.whole(x, norm))
+        width = x.shape[-1]
+        if x.numel() > width:
+            return silu_product(self.whole(x, norm))
+        if norm is not None and not kernel.norms(1, width):
+            x, norm = rms_norm(x, norm, self._weight.dtype), None
+        return kernel.row(x, self._weight, self._bias, norm=norm, silu=True)
 
     def __call__(self, x: Tensor, norm: RowNorm | None = None) -> tuple[Tensor, ...]:
         return torch.split(self.whole(x, norm), self._sizes, dim=-1)

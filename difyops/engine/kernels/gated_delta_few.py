@@ -4,7 +4,7 @@ gates, recurrence and gated norm in one launch, for a step, for verify and for c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,7 +25,6 @@ from difyops.engine.kernels.tails import (
 
 #: Steps of more sequences are quicker kernel by kernel: smaller programs overlap better.
 MOST = 16
-_HOW: dict[str, Any] = {"num_warps": 4}
 
 
 class Weights(NamedTuple):
@@ -91,7 +90,7 @@ def _launch(
         COUNT=count, TOKENS=triton.next_power_of_2(count), WIDTH=weights.convolution.shape[-1],
         SHARED=heads // key_heads, FOLD=accepted is not None, KEEP=replay is not None,
         KEYS=triton.next_power_of_2(key_dim), VALUES=triton.next_power_of_2(value_dim),
-        **_HOW, **ahead(slots),
+        num_warps=4, **ahead(slots),
     )  # fmt: skip
 
 

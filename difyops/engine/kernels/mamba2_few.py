@@ -1,11 +1,12 @@
 """Mamba-2's state space for a few tokens of each sequence, from the raw projections on:
-convolution, time steps, recurrence and gate in one launch, for a step, for verify and for commit.
+convolution, time steps, recurrence and gate in one launch, for verify and for commit. A step is
+quicker kernel by kernel: all heads of a group would convolve its B and C again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,10 +26,6 @@ from difyops.engine.kernels.tails import (
 )
 
 _BLOCK = 256
-
-#: Steps of more sequences are quicker kernel by kernel: smaller programs overlap better.
-MOST = 16
-_HOW: dict[str, Any] = {"num_warps": 4}
 
 
 class Weights(NamedTuple):
@@ -50,13 +47,13 @@ def run(
     slots: Tensor,
     weights: Weights,
     count: int,
-    replay: Mapping[str, Tensor] | None = None,
+    replay: Mapping[str, Tensor],
 ) -> Tensor:
     """`count` tokens of each sequence: xBC [B * count, C], gate [B * count, H * P] and dt
     [B * count, H], each with rows of any stride -> y * silu(gate), [B * count, H * P], float32.
 
-    `state`: h [slots + 1, H, P, N] and tail [slots + 1, C, width - 1]. They move on, or with
-    `replay` stay as they are: then xBC and dt are kept there, [slots + 1, window, …].
+    `state`: h [slots + 1, H, P, N] and tail [slots + 1, C, width - 1] stay as they are; xBC and dt
+    are kept in `replay`, [slots + 1, window, …].
     """
     gate = inputs["gate"]
     out = torch.empty(gate.shape, dtype=torch.float32, device=gate.device)
@@ -97,7 +94,7 @@ def _launch(
         COUNT=count, TOKENS=triton.next_power_of_2(count), WIDTH=width,
         BIASED=w.bias is not None, FOLD=folds, KEEP=replay is not None,
         ROWS=triton.next_power_of_2(head_dim), COLUMNS=triton.next_power_of_2(state_dim),
-        **_HOW, **ahead(slots),
+        num_warps=8, **ahead(slots),
     )  # fmt: skip
     if replay is not None:
         return

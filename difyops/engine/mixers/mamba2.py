@@ -140,12 +140,9 @@ class Mamba2(RecurrentMixer):
         from difyops.engine.kernels import mamba2_few as kernel
 
         # Several groups have several norms: not what a product takes in.
-        if count > FEW or self.options.groups > 1 or (kept and len(slots) > kernel.MOST):
+        if kept or count > FEW or self.options.groups > 1:
             return super().finish_few(inputs, x, state, slots, count, kept=kept)
-        gated = kernel.run(
-            inputs, state.slot, slots, self._weights(), count,
-            replay=None if kept else state.replay,
-        )  # fmt: skip
+        gated = kernel.run(inputs, state.slot, slots, self._weights(), count, state.replay)
         return self._out(gated, x, RowNorm(self.norm.weight, self.norm.eps))
 
     def fold(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
