@@ -25,6 +25,7 @@ from difyops.bench import (
     gpu_http,
     gpu_load,
     gpu_peer,
+    gpu_spec,
     gpu_step,
 )
 from difyops.bench.gpu_model import (
@@ -53,6 +54,7 @@ OF_A_SHAPE: Mapping[str, Callable[[Subject], Iterable[Row]]] = {
 #: What brings its own models.
 APART: Mapping[str, Callable[[Wanted, Limits], Iterable[Row]]] = {
     "context": gpu_context.context,
+    "speculation": gpu_spec.speculation,
     "drift": gpu_exact.drift,
     "agreement": gpu_exact.agreement,
     "load": gpu_load.load,
