@@ -148,7 +148,7 @@ def gpu(
         str,
         typer.Option(
             help="What to measure, of eager, decode, engine, prompt, profile, http, peer, context, "
-            "drift, agreement and load."
+            "speculation, drift, agreement and load."
         ),
     ] = "decode,engine,prompt",
     sequences: Annotated[str, typer.Option(help="How many at a time, rows for each.")] = "1,64,256",

@@ -47,7 +47,6 @@ OF_A_SHAPE: Mapping[str, Callable[[Subject], Iterable[Row]]] = {
     "decode": gpu_step.decode,
     "engine": gpu_engine.engine,
     "prompt": gpu_step.prompt,
-    "speculation": gpu_spec.rows,
     "profile": gpu_step.profile,
     "http": gpu_http.http,
     "peer": gpu_peer.peer,
@@ -55,6 +54,7 @@ OF_A_SHAPE: Mapping[str, Callable[[Subject], Iterable[Row]]] = {
 #: What brings its own models.
 APART: Mapping[str, Callable[[Wanted, Limits], Iterable[Row]]] = {
     "context": gpu_context.context,
+    "speculation": gpu_spec.speculation,
     "drift": gpu_exact.drift,
     "agreement": gpu_exact.agreement,
     "load": gpu_load.load,

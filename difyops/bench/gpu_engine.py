@@ -36,10 +36,11 @@ class NoText:
 
 @dataclass
 class Heard:
-    """One answer as it comes: its tokens, and when each output came."""
+    """One answer as it comes: its tokens, when each output came, and how many tokens it brought."""
 
     tokens: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
 
 
 @contextmanager
@@ -65,6 +66,7 @@ def ask(engine: Engine, requests: Sequence[Request]) -> list[Heard]:
         def deliver(output: Output) -> None:
             one.tokens += output.tokens
             one.times.append(time.perf_counter())
+            one.counts.append(len(output.tokens))
             if output.finish is not None:
                 done.put(output)
 

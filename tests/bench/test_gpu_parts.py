@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from difyops.bench import gpu_engine, gpu_exact, gpu_http, gpu_load
+from difyops.bench import gpu_engine, gpu_exact, gpu_http, gpu_load, gpu_spec
 from difyops.bench.gpu_exact import Apart, Parting
 from difyops.bench.gpu_model import SHAPES
 from difyops.bench.gpu_server import words
@@ -64,6 +64,19 @@ def test_requests_that_fail_are_an_error() -> None:
         assert [len(one.tokens) for one in heard] == [5, 5]
         with pytest.raises(ValueError, match="1 to 31 fit"):
             gpu_engine.ask(engine, gpu_engine.greedy([[1] * 40], 5))
+
+
+def test_a_gain_is_beside_no_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_spec, "RATES", {1: (0.5, 0.9), None: (0.7,)})
+    monkeypatch.setattr(gpu_spec, "PROMPT", 5)
+    monkeypatch.setattr(gpu_spec, "ANSWER", 12)
+    pattern = [{"mixer": "softmax", **tiny.LAYERS["softmax"]}]
+    model = tiny.model("hybrid", mtp=pattern, context=64)[0]
+    off, *rows = gpu_spec.compared("a", model, 2, 1e9)
+    assert [row.work for row in rows] == [
+        "guesses: 1 at 50%", "guesses: 1 at 90%", "guesses: adaptive at 70%",
+    ]  # fmt: skip
+    assert all(row.facts["gain"] == row.rate / off.rate for row in rows if row.rate and off.rate)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="no transformers")
