@@ -37,8 +37,8 @@ OVERHEAD = 700 << 20
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes, by what they grow with. `full`: pages of one sequence that fills the context; 0 where
-    nothing grows with it."""
+    """Bytes, by what they grow with. `work`: a step's numbers, graphs and libraries. `full`: pages
+    of one sequence that fills the context; 0 where nothing grows with it."""
 
     weights: int
     slot: int
@@ -117,7 +117,7 @@ def needs(
         sum(weight.nbytes for weight in model.parameters()),
         slot,
         PAGE_SIZE * sum(spec.token_bytes for spec in specs),
-        prefill_tokens * item * (4 * shape.width + 3 * _widest(model)),
+        GRAPHS + prefill_tokens * item * (4 * shape.width + 3 * _widest(model)),
         full,
     )
 
