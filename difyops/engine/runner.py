@@ -313,7 +313,8 @@ class Engine:
         self, requests: Sequence[Request], stepped: graphs.Stepped, outputs: dict[Request, Output]
     ) -> None:
         """The next token of each."""
-        best = None if stepped.best is None else [[token] for token in stepped.best]
+        chosen = stepped.best
+        best = None if chosen is None else [[token] for token in chosen]
         self._judge(requests, stepped.logits[:, None], [[]] * len(requests), outputs, best)
 
     def _prefill(self, spans: Sequence[Span]) -> graphs.Stepped:
