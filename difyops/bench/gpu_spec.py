@@ -37,11 +37,13 @@ def compared(name: str, model: Decoder, size: int, limit: float) -> Iterator[Row
         off = _speed(engine, size)
     yield Row(name, "speculation off", size, size / off, off, limit)
     device = model.embed.weight.device
-    for guesses, rates in RATES.items():
+    for guesses, rates in _together():
         drafter = SyntheticAcceptance(Mtp(model, modules(model)), rates[0], 0, device)
         with running(model, **options, drafter=drafter, guesses=guesses) as engine:
             for rate in rates:
                 drafter.draw(rate)
+                if guesses is None:
+                    _speed(engine, size)  # it learns
                 speed = _speed(engine, size)
                 many = "adaptive" if guesses is None else str(guesses)
                 yield Row(
@@ -49,6 +51,15 @@ def compared(name: str, model: Decoder, size: int, limit: float) -> Iterator[Row
                     note=f"{speed / off:.2f} x off",
                     facts={"acceptance": rate, "guesses": guesses, "gain": speed / off},
                 )  # fmt: skip
+
+
+def _together() -> Iterator[tuple[int | None, tuple[float, ...]]]:
+    """Guesses, and the acceptances that one engine meets: what adapts meets one."""
+    for guesses, rates in RATES.items():
+        if guesses is None:
+            yield from ((None, (rate,)) for rate in rates)
+        else:
+            yield guesses, rates
 
 
 def _speed(engine: Engine, size: int) -> float:

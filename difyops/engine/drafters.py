@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from difyops.engine import kernels
+from difyops.engine.mixers.base import Mixer
 from difyops.engine.models.decoder import Block, Decoder, Run
 from difyops.engine.models.mtp import MedusaHead, MultiTokenPrediction, modules
 from difyops.engine.speculate import Drafter, OnDevice, PromptLookup, Read
-from difyops.engine.state import StatePool, StateSpec, TensorSpec, Track
+from difyops.engine.state import LayerState, StatePool, StateSpec, TensorSpec, Track
 from difyops.errors import UsageError
 
 #: Rows that a rough head is quicker for.
@@ -48,6 +49,9 @@ class Mtp(OnDevice):
     def blocks(self) -> list[Block]:
         return [block for module in self._modules for block in module.blocks]
 
+    def held_bytes(self) -> int:
+        return self._head.held_bytes()
+
     def read(self, read: Read, pool: StatePool) -> None:
         first, last = read.cu_seqlens[:-1], read.cu_seqlens[1:] - 1
         lengths, total = read.cu_seqlens.diff(), pool.lengths[read.slots]
@@ -81,7 +85,10 @@ class Mtp(OnDevice):
         for depth, track in enumerate(pool.drafting, 1):
             module = self._modules[depth - 1]
             read = self._paired(module, track, window, slots, hidden, accepted)
-            hidden = self._run(depth, track, read, _verifying(slots))
+            if depth < len(pool.drafting):
+                hidden = self._run(depth, track, read, _verifying(slots))
+            else:  # what the last one makes of them is for guesses, which begin behind them
+                module.note(read, _verifying(slots), _noting(slots), track.layers[:-1])
             counts = accepted if short is None else accepted * (short >= depth)
             for block, state in zip(module.blocks, track.layers, strict=False):
                 block.mixer.commit(state, slots, counts)
@@ -254,21 +261,38 @@ class _Head:
         self._model = model
         self._rough: tuple[Tensor, Tensor] | None = None
 
+    def held_bytes(self) -> int:
+        """Of the rough one, which is made where the weights are bf16."""
+        weight = self._model.head.weight
+        return len(weight) * (weight.shape[1] + 4) if weight.dtype == torch.bfloat16 else 0
+
     def likeliest(self, hidden: Tensor, out: Tensor) -> None:
         """[B, width] -> the likeliest tokens, out [B, 1]."""
         weight = self._model.head.weight
         if not weight.is_cuda or weight.dtype != torch.bfloat16 or len(hidden) > _ROUGH_ROWS:
             out.copy_(self._model.logits(hidden).argmax(-1, keepdim=True))
             return
+        from difyops.engine.kernels import choice, product
         from difyops.engine.kernels import draft as kernel
-        from difyops.engine.kernels.product import quantised
 
-        self._rough = self._rough or quantised(weight)
-        kernel.likeliest(hidden, *self._rough, out)
+        self._rough = self._rough or product.quantised(weight)
+        if len(hidden) == 1:
+            scores = product.row(hidden, self._rough[0], scales=self._rough[1])
+            choice.best(scores, 0, out[:, 0])
+        else:
+            kernel.likeliest(hidden, *self._rough, out)
 
 
 def _verifying(slots: Tensor) -> Run:
     return lambda mixer, x, state: mixer.verify(x, state, slots)
+
+
+def _noting(slots: Tensor) -> Run:
+    def run(mixer: Mixer, x: Tensor, state: LayerState) -> Tensor:
+        mixer.note(x, state, slots)
+        return x
+
+    return run
 
 
 def _last(hidden: Tensor, accepted: Tensor) -> Tensor:

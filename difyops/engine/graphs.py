@@ -144,10 +144,12 @@ class Recorder:
 
     def __init__(self) -> None:
         self._memory: Any = None
+        #: One for all: libraries keep room to work in for each stream.
+        self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, work: Work) -> Work:
         """What does `work` again, which is done once or twice here."""
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside = self._aside
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             work()  # compiles, and lets libraries allocate what they keep

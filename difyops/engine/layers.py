@@ -87,9 +87,10 @@ class Joined:
         from difyops.engine.kernels.norm import rms_norm, silu_product
 
         width = x.shape[-1]
-        if x.numel() > width:
+        rows = x.numel() // width
+        if rows > kernel.PAIR:
             return silu_product(self.whole(x, norm))
-        if norm is not None and not kernel.norms(1, width):
+        if norm is not None and not kernel.norms(rows, width):
             x, norm = rms_norm(x, norm, self._weight.dtype), None
         return kernel.row(x, self._weight, self._bias, norm=norm, silu=True)
 

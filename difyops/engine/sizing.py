@@ -29,8 +29,8 @@ PREFIX_SHARE = 1 / 8
 SLOTS_SHARE = 1 / 2
 #: Bytes for each score of a row that is sampled: float64 shares, their order and their sum.
 SAMPLED = 24
-#: What graphs and products keep for themselves (measured on an H200, 0.8B shape).
-GRAPHS = 256 << 20
+#: What graphs and products keep for themselves (measured on an H200, 0.8B shape: 2 to 67 MiB).
+GRAPHS = 64 << 20
 #: What a GPU's driver, its libraries and their kernels take before there is a model (measured).
 OVERHEAD = 700 << 20
 
@@ -114,7 +114,8 @@ def needs(
         slot += window * sum(spec.replay_bytes for spec in specs)
     slot += window * (shape.vocabulary + shape.width) * item  # where a step's scores lie
     return Needs(
-        sum(weight.nbytes for weight in model.parameters()),
+        sum(weight.nbytes for weight in model.parameters())
+        + (drafter.held_bytes() if drafter is not None else 0),
         slot,
         PAGE_SIZE * sum(spec.token_bytes for spec in specs),
         GRAPHS + prefill_tokens * item * (4 * shape.width + 3 * _widest(model)),

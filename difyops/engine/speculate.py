@@ -47,6 +47,10 @@ class Drafter(ABC):
         """What it keeps for each sequence: the layers of each of the pool's drafting tracks."""
         return []
 
+    def held_bytes(self) -> int:
+        """Bytes that it holds beside the model's parameters and what it keeps for each sequence."""
+        return 0
+
     def read(self, read: Read, pool: StatePool) -> None:
         """The model went on. Called after every pass, before the next token is known."""
         return

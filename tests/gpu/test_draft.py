@@ -36,7 +36,9 @@ def test_places_that_count_are_those_of_the_plain_form(k: int) -> None:
 @pytest.mark.parametrize("moved", [False, True])
 def test_what_a_module_reads(offset: float, moved: bool) -> None:
     width, slots = 40, torch.tensor([3, 1, 0], device=DEVICE)
-    norms = [RMSNorm(width, offset=offset).double().to(DEVICE) for _ in range(2)]
+    norms = [
+        RMSNorm(width, offset=offset).double().to(DEVICE).requires_grad_(False) for _ in range(2)
+    ]
     for number, norm in enumerate(norms):
         norm.weight.data.add_(0.1 * random(width, seed=number))
     window = torch.randint(11, (3, 7), device=DEVICE)[:, 1:4]

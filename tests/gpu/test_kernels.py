@@ -152,6 +152,32 @@ def test_what_is_accepted_goes_into_the_state(name: str) -> None:
     twin.states_agree()
 
 
+def test_layers_of_one_kind_commit_together() -> None:
+    kind, options = KINDS["gated-delta"]
+    torch.manual_seed(0)
+    cls = REGISTRY[kind]
+    mixers = [cls(WIDTH, options_from(cls, options)).to(DEVICE) for _ in range(3)]
+    for mixer in mixers:
+        mixer.fuse()
+    cls.stack(mixers)
+    slots, accepted = (torch.tensor(x, device=DEVICE) for x in ([4, 2, 1], [3, 0, 1]))
+    states = []
+    for together in (True, False):
+        pool = StatePool([m.state_spec() for m in mixers], slots=5, context=40, window=5,
+                         device=DEVICE)  # fmt: skip
+        for i, (mixer, layer) in enumerate(zip(mixers, pool.layers, strict=True)):
+            layer.slot["S"][1:] = random(*layer.slot["S"][1:].shape, seed=i).float()
+            mixer.verify(random(3, 4, WIDTH, seed=i).float(), layer, slots)
+        if together:
+            cls.commit_all(mixers, pool.layers, slots, accepted)
+        else:
+            for mixer, layer in zip(mixers, pool.layers, strict=True):
+                mixer.commit(layer, slots, accepted)
+        states.append([layer.slot[name] for layer in pool.layers for name in ("S", "tail")])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    assert not torch.equal(states[0][0], states[0][2])
+
+
 @pytest.mark.parametrize("name", ["gated-delta", "gated-delta-wide-conv"])
 def test_padding_changes_nothing(name: str) -> None:
     twin = Twin(*KINDS[name])
@@ -180,18 +206,53 @@ def delta_rule(
     return out, state
 
 
+def delta_rule_rounded(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """delta_rule in chunks of 64, rounded to bf16 wherever a product of bf16 makes that necessary:
+    what no such kernel can be better than."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.bfloat16().double()
+
+    size = (k.square().sum(-1) + 1e-6).rsqrt().mT
+    scale = (q.square().sum(-1) + 1e-6).rsqrt() * q.shape[-1] ** -0.5
+    q, k, v, g, beta = (x.transpose(0, 1) for x in (q, k, v, g, beta))
+    parts = []
+    for at in range(0, k.shape[1], 64):
+        part = slice(at, at + 64)
+        keys, unit, b, since = k[:, part], size[:, part], beta[:, part], g[:, part].cumsum(-1)
+        decay = (since[:, :, None] - since[:, None]).exp()
+        system = (keys @ keys.mT * (b * unit)[..., None] * unit[:, None] * decay).tril(-1)
+        inverse = torch.linalg.inv(torch.eye(system.shape[-1], device=k.device) + system)
+        w = rounded(rounded(inverse * (b * unit * since.exp())[:, None]) @ keys)
+        before = rounded(state)
+        new = rounded(rounded(inverse * b[:, None]) @ v[:, part]) - w @ before
+        shares = rounded((q[:, part] @ keys.mT * unit[:, None] * decay).tril())
+        parts.append(q[:, part] @ before * since.exp()[..., None] + shares @ rounded(new))
+        left = unit * (since[:, -1:] - since).exp()
+        state = state * since[:, -1:, None].exp() + keys.mT @ rounded(
+            rounded(new) * left[..., None]
+        )
+    return torch.cat(parts, 1).transpose(0, 1) * scale[..., None], state
+
+
+def error_of(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
 @pytest.mark.parametrize(
-    ("how", "dtype", "within"),
+    ("how", "dtype"),
     [
-        ("plain", torch.float32, 2e-5),
-        ("plain", torch.bfloat16, 1e-2),
-        ("same keys", torch.float32, 2e-5),
-        ("same keys", torch.bfloat16, 1e-2),
-        ("no decay", torch.float32, 2e-5),
-        ("strong decay", torch.float32, 2e-5),
+        ("plain", torch.float32),
+        ("plain", torch.bfloat16),
+        ("same keys", torch.float32),
+        ("same keys", torch.bfloat16),
+        ("no decay", torch.float32),
+        ("strong decay", torch.float32),
     ],
 )
-def test_the_delta_rule_in_chunks(how: str, dtype: torch.dtype, within: float) -> None:
+def test_the_delta_rule_in_chunks(how: str, dtype: torch.dtype) -> None:
     from difyops.engine.kernels import gated_delta_chunk
     from difyops.engine.kernels.spans import Spans
 
@@ -226,11 +287,19 @@ def test_the_delta_rule_in_chunks(how: str, dtype: torch.dtype, within: float) -
     tokens = [q, k, v.view(-1, heads, values), g, b.double().sigmoid()]
     for i, slot in enumerate(slots.tolist()):
         span = slice(*bounds[i : i + 2].tolist())
-        out, after = delta_rule(*(x[span] for x in tokens), before[slot])
-        if slot:
-            close(state[slot], after, within)
-            gate = z[span].double().view(-1, heads, values)
-            close(got[span].view_as(gate), norm(out, gate), within)
+        if slot == 0 or span.start == span.stop:
+            continue
+        now = [*(x[span] for x in tokens), before[slot]]
+        gate = z[span].double().view(-1, heads, values)
+        out, after = delta_rule(*now)
+        wanted, found = norm(out, gate), got[span].view_as(gate)
+        if dtype == torch.float32:
+            close(state[slot], after)
+            close(found, wanted)
+            continue
+        rough, end = delta_rule_rounded(*now)
+        assert error_of(state[slot], after) < 1.25 * error_of(end, after) + 2**-9
+        assert error_of(found, wanted) < 1.25 * error_of(norm(rough, gate), wanted) + 2**-8
     assert not state[0].any()
 
 

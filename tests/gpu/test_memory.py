@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from difyops.bench import gpu
-from difyops.engine import sizing
+from difyops.engine import drafters, sizing
 from difyops.engine.config import LlmConfig
 from difyops.engine.opening import open_llm
 from difyops.engine.request import Request, SamplingParams
@@ -26,15 +26,22 @@ HYBRID = Path(__file__).parents[2] / "models" / "tiny-hybrid"
 WITHIN = 0.05
 
 
-@pytest.mark.parametrize("states_in", [None, torch.bfloat16])
-def test_what_is_allocated_is_what_was_computed(states_in: torch.dtype | None) -> None:
+@pytest.mark.parametrize(
+    ("states_in", "modules"), [(None, 0), (torch.bfloat16, 0), (None, 1)], ids=str
+)
+def test_what_is_allocated_is_what_was_computed(
+    states_in: torch.dtype | None, modules: int
+) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    model = gpu.build(gpu.SHAPES["qwen3.5-0.8b"])
+    model = gpu.build({**gpu.SHAPES["qwen3.5-0.8b"], "mtp_num_hidden_layers": modules})
     model.states_in = states_in
-    found = sizing.needs(model, context=4096, prefill_tokens=8192)
-    engine = Engine(model, slots=128, context=4096, pages=8000, prefill_tokens=8192)
+    drafter = drafters.choose("mtp", model) if modules else None
+    found = sizing.needs(model, drafter, context=4096, prefill_tokens=8192)
+    engine = Engine(
+        model, slots=128, context=4096, pages=8000, prefill_tokens=8192, drafter=drafter
+    )
     engine.warm_up()
     gc.collect()
     kept = torch.cuda.memory_allocated() - before
@@ -66,8 +73,10 @@ def test_slots_and_pages_are_what_fits() -> None:
     llm.engine.stop()
 
 
-def test_too_many_slots_are_refused_with_what_would_fit() -> None:
+def test_too_many_slots_are_refused_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     free, total = torch.cuda.mem_get_info()
+    # Others may run on this GPU, too.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, total))
     share = (total - free + (1 << 30)) / total
     wanted = LlmConfig(
         id="tiny", model=str(HYBRID), device="cuda", slots=4096, gpu_memory_utilization=share

@@ -3,7 +3,8 @@ gates, recurrence and gated norm in one launch, for a step, for verify and for c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -59,34 +60,65 @@ def run(
 
 
 def fold(
-    replay: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
+    replays: Sequence[Mapping[str, Tensor]],
+    states: Sequence[Mapping[str, Tensor]],
     slots: Tensor,
     accepted: Tensor,
-    weights: Weights,
+    weights: Sequence[Weights],
     key_heads: int,
 ) -> None:
-    """The first `accepted` ([B]) of the tokens in `replay` go into the state."""
-    window = replay["qkv"].shape[1]
-    inputs = {name: tensor.flatten(0, 1) for name, tensor in replay.items()}
-    _launch(inputs, state, slots, weights, key_heads, window, accepted=accepted)
+    """Of each layer, the first `accepted` ([B]) of the tokens in its replay go into its state.
+    Whatever there is of several layers lies evenly apart."""
+    window = replays[0]["qkv"].shape[1]
+    inputs = {name: tensor.flatten(0, 1) for name, tensor in replays[0].items()}
+    layers = Layers(
+        len(states),
+        *(_apart([state[name] for state in states]) for name in ("S", "tail")),
+        *(_apart([replay[name] for replay in replays]) for name in ("qkv", "a", "b")),
+        *(_apart(of_one) for of_one in list(zip(*weights, strict=True))[:3]),
+    )
+    _launch(inputs, states[0], slots, weights[0], key_heads, window, accepted=accepted,
+            layers=layers)  # fmt: skip
+
+
+class Layers(NamedTuple):
+    """How many, and how many numbers lie between one's and the next one's."""
+
+    number: int = 1
+    state: int = 0
+    tail: int = 0
+    qkv: int = 0
+    a: int = 0
+    b: int = 0
+    convolution: int = 0
+    rate: int = 0
+    dt_bias: int = 0
+
+
+def _apart(tensors: Sequence[Tensor]) -> int:
+    """Raises ValueError where they do not lie evenly."""
+    at = [tensor.data_ptr() // tensor.element_size() for tensor in tensors]
+    steps = {b - a for a, b in pairwise(at)}
+    if len(steps) > 1:
+        raise ValueError("layers do not lie evenly apart")
+    return steps.pop() if steps else 0
 
 
 def _launch(
     inputs: Mapping[str, Tensor], state: Mapping[str, Tensor], slots: Tensor, weights: Weights,
     key_heads: int, count: int, *, out: Tensor | None = None, accepted: Tensor | None = None,
-    replay: Mapping[str, Tensor] | None = None,
+    replay: Mapping[str, Tensor] | None = None, layers: Layers | None = None,
 ) -> None:  # fmt: skip
     qkv, a, b = inputs["qkv"], inputs["a"], inputs["b"]
     z = inputs["z"] if out is not None else qkv
-    kept = replay or inputs
+    kept, layers = replay or inputs, layers or Layers()
     heads, key_dim, value_dim = state["S"].shape[1:]
-    _few[(len(slots), key_heads)](
+    _few[(len(slots), key_heads, layers.number)](
         qkv, z, a, b, state["S"], state["tail"], slots, slots if accepted is None else accepted,
         *weights[:4], z if out is None else out, kept["qkv"], kept["a"], kept["b"],
         qkv.stride(0), z.stride(0), a.stride(0), b.stride(0), state["S"].stride(0),
         state["tail"].stride(0), weights.eps, key_dim, value_dim, heads, qkv.shape[1],
-        0 if replay is None else replay["qkv"].shape[1],
+        0 if replay is None else replay["qkv"].shape[1], *layers[1:],
         COUNT=count, TOKENS=triton.next_power_of_2(count), WIDTH=weights.convolution.shape[-1],
         SHARED=heads // key_heads, FOLD=accepted is not None, KEEP=replay is not None,
         KEYS=triton.next_power_of_2(key_dim), VALUES=triton.next_power_of_2(value_dim),
@@ -100,12 +132,18 @@ def _few(
     kept_qkv, kept_a, kept_b,
     qkv_step, z_step, a_step, b_step, state_step, tail_step, eps, key_dim, value_dim, heads,
     channels, window,
+    state_layer, tail_layer, qkv_layer, a_layer, b_layer, conv_layer, rate_layer, bias_layer,
     COUNT: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr,
     FOLD: tl.constexpr, KEEP: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     AHEAD: tl.constexpr,
 ):  # fmt: skip
     # One program has a key head with all its value heads: nobody else reads its part of the tail.
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    layer = tl.program_id(2).to(tl.int64)
+    state, tail = state + layer * state_layer, tail + layer * tail_layer
+    qkv, a, b = qkv + layer * qkv_layer, a + layer * a_layer, b + layer * b_layer
+    conv, rate = conv + layer * conv_layer, rate + layer * rate_layer
+    dt_bias += layer * bias_layer
     slot = tl.load(slots + row)
     t, i, j = tl.arange(0, TOKENS), tl.arange(0, KEYS), tl.arange(0, VALUES)
     key, value = i < key_dim, j < value_dim

@@ -14,6 +14,9 @@ from difyops.engine.layers import RowNorm
 
 #: More rows than these are for a library.
 FEW = 8
+#: Up to so many rows everything around a product pays within it: those of one sequence with one
+#: guess.
+PAIR = 2
 #: Up to so many numbers of a row are normed within the product, by each program for itself. H200: a
 #: wider row takes the registers that weights wait in, and a launch of its own costs less.
 _NORMED = 1024
@@ -61,13 +64,13 @@ def row(
 
 def suits(rows: int, lines: int) -> bool:
     """Whether `row` is quicker than a library. H200: 2 µs for 13 of one row of 2,048 numbers and
-    1,024 lines, 4 for 11 of four rows; of several rows and many lines a library's are the same."""
-    return rows == 1 or (rows <= FEW // 2 and lines <= _SPARSE)
+    1,024 lines, 4 for 11 of four rows; of more rows and many lines a library's are the same."""
+    return rows <= PAIR or (rows <= FEW // 2 and lines <= _SPARSE)
 
 
 def norms(rows: int, width: int) -> bool:
     """Whether a norm pays within the product."""
-    return rows == 1 and width <= _NORMED
+    return rows <= PAIR and width <= _NORMED
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +101,9 @@ def _row(
     # Weights are on their way before the rows are there, and before it is their turn.
     held, gated, scale = _weights(place, second, norm, 0, k, ours, NORMED, SILU, WIDTH)
     wait(AHEAD)
-    if WIDTH <= CHUNKS * COLUMNS:
+    # For all that the compiler knows, what is put out may be where a later row is read from: of
+    # several rows all are read first.
+    if WIDTH <= CHUNKS * COLUMNS and TOKENS == 1:
         for m in tl.static_range(TOKENS):
             a, b, square = _partial(
                 x, m, 0, k, held, gated, scale, rows, offset, NORMED, SILU, WIDTH

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,22 @@ class Mixer(Residual, ABC):
     @abstractmethod
     def commit(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
         """Fold the first `accepted` ([B], 0..K) tokens of the last verify into the state."""
+
+    def note(self, x: Tensor, state: LayerState, slots: Tensor) -> None:
+        """verify where nobody asks for the answer."""
+        self.verify(x, state, slots)
+
+    @staticmethod
+    def stack(mixers: Sequence[Any]) -> None:
+        """Prepare commit_all, once all of them are fused."""
+
+    @staticmethod
+    def commit_all(
+        mixers: Sequence[Any], states: Sequence[LayerState], slots: Tensor, accepted: Tensor
+    ) -> None:
+        """commit of several layers of this kind that have the same options."""
+        for mixer, state in zip(mixers, states, strict=True):
+            mixer.commit(state, slots, accepted)
 
     @abstractmethod
     def reference(self, x: Tensor) -> Tensor:
@@ -196,7 +212,8 @@ class RecurrentMixer(Mixer):
 
     def verify(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
         count = x.shape[1]
-        inputs = self.project(x, drafted_positions(state, slots, count))
+        positions = drafted_positions(state, slots, count) if self.positional else slots
+        inputs = self.project(x, positions)
         if self.in_place:
             flat = {name: tensor.flatten(0, 1) for name, tensor in inputs.items()}
             rows = x.flatten(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -160,11 +161,36 @@ class GatedDelta(RecurrentMixer):
     def fold(self, state: LayerState, slots: Tensor, accepted: Tensor) -> None:
         if state.replay["qkv"].shape[1] > FEW:
             super().fold(state, slots, accepted)
-            return
+        else:
+            self._fold([self], [state], slots, accepted)
+
+    @staticmethod
+    def stack(mixers: Sequence[GatedDelta]) -> None:
+        for weights in zip(
+            *((m.conv1d.weight, m.A_log, m.dt_bias) for m in mixers), strict=True
+        ):  # evenly apart, so that one launch finds them all
+            for weight, part in zip(weights, torch.stack([w.data for w in weights]), strict=True):
+                weight.data = part
+
+    @staticmethod
+    def commit_all(
+        mixers: Sequence[GatedDelta], states: Sequence[LayerState], slots: Tensor, accepted: Tensor
+    ) -> None:
+        if mixers[0].in_place and states[0].replay["qkv"].shape[1] <= FEW:
+            mixers[0]._fold(mixers, states, slots, accepted)
+        else:
+            RecurrentMixer.commit_all(mixers, states, slots, accepted)
+
+    @staticmethod
+    def _fold(
+        mixers: Sequence[GatedDelta], states: Sequence[LayerState], slots: Tensor, accepted: Tensor
+    ) -> None:
         from difyops.engine.kernels import gated_delta_few as kernel
 
-        keys = self.options.key_heads
-        kernel.fold(state.replay, state.slot, slots, accepted, self._weights(), keys)
+        kernel.fold(
+            [state.replay for state in states], [state.slot for state in states], slots, accepted,
+            [mixer._weights() for mixer in mixers], mixers[0].options.key_heads,
+        )  # fmt: skip
 
     def _weights(self) -> gated_delta_few.Weights:
         from difyops.engine.kernels.gated_delta_few import Weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -140,22 +140,39 @@ class Softmax(Mixer):
         out = _attend(q, state.token["k"][rows], state.token["v"][rows], allowed)
         return self._emit(out, gate)
 
+    def note(self, x: Tensor, state: LayerState, slots: Tensor) -> None:
+        if self.fused:
+            self._placed(x.flatten(0, 1), state, slots, Spans(x.shape[1]))
+            return
+        positions = drafted_positions(state, slots, x.shape[1])
+        _, k, v, _ = self._project(x, positions)
+        self._store(k, v, state, slots[:, None].expand_as(positions), positions)
+
+    def _placed(
+        self, x: Tensor, state: LayerState, slots: Tensor, spans: Spans
+    ) -> tuple[Tensor, Tensor | None]:
+        """Put the keys and values of each span's tokens, x [N, width], where they belong. -> q
+        [N, H, Dk] and the gate [N, H, Dv]."""
+        from difyops.engine.kernels import attention as kernel
+
+        o = self.options
+        q, gate, k, v = self._heads(*self._inward(x, self.taken))
+        frequencies, scale = self.frequencies.on(x) if o.rotary_dim else (None, 1.0)
+        norms = (self.q_norm.weight, self.k_norm.weight) if o.qk_norm else (None, None)
+        q = kernel.place(
+            q, k, v, *_pages(state, slots), spans, frequencies=frequencies, scale=scale,
+            q_norm=norms[0], k_norm=norms[1], eps=o.norm_eps, offset=o.norm_offset,
+        )  # fmt: skip
+        return q, gate
+
     def _paged(self, x: Tensor, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:
         """The tokens of each span, x [N, width], by kernels that find everything on the GPU; but
         a long prompt by a library's, which is told lengths."""
         from difyops.engine.kernels import attention as kernel
 
-        o = self.options
-        pages = state.token["k"], state.token["v"], state.table, state.lengths, slots
-        q, gate, k, v = self._heads(*self._inward(x, self.taken))
-        frequencies, scale = self.frequencies.on(x) if o.rotary_dim else (None, 1.0)
-        norms = (self.q_norm.weight, self.k_norm.weight) if o.qk_norm else (None, None)
-        q = kernel.place(
-            q, k, v, *pages, state.page_size, spans, frequencies=frequencies, scale=scale,
-            q_norm=norms[0], k_norm=norms[1], eps=o.norm_eps, offset=o.norm_offset,
-        )  # fmt: skip
+        q, gate = self._placed(x, state, slots, spans)
         if spans.begin is None or len(x) <= kernel.SHORT:
-            out = kernel.attend(q, *pages, state.page_size, spans, gate)
+            out = kernel.attend(q, *_pages(state, slots), spans, gate)
         else:
             out = _long(q, state, slots, spans)
             out = out if gate is None else out * torch.sigmoid(gate)
@@ -231,6 +248,22 @@ class Frequencies:
         wanted: dict[str, Any] = {"device": x.device, "dtype": layers.wide(x.dtype)}
         self._inverse = self._inverse.to(**wanted)
         return self._inverse, self._scale
+
+
+class _Pages(NamedTuple):
+    """Where the kernels find the keys and values of some slots."""
+
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    lengths: Tensor
+    slots: Tensor
+    size: int
+
+
+def _pages(state: LayerState, slots: Tensor) -> _Pages:
+    k, v = state.token["k"], state.token["v"]
+    return _Pages(k, v, state.table, state.lengths, slots, state.page_size)
 
 
 def _long(q: Tensor, state: LayerState, slots: Tensor, spans: Spans) -> Tensor:

@@ -58,6 +58,10 @@ class Block(Fusible):
         if self.mlp is not None and self.mlp_norm is not None:
             self.mlp.take(self.mlp_norm)
 
+    def note(self, x: Tensor, run: Run, state: LayerState | None) -> None:
+        """`run` the mixer for its state, where nobody asks what the block makes of x."""
+        run(self.mixer, x if self.mixer.taken else self.mixer_norm(x), state)
+
     def forward(self, x: Tensor, run: Run, state: LayerState | None) -> Tensor:
         if self.fused:
             if self.mixer.taken:
@@ -100,6 +104,8 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = norm
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        #: Numbers of the blocks whose mixers commit together.
+        self._alike = [[i] for i in range(len(blocks))]
         self.wide_residual = wide_residual
         #: What recurrent states lie in between two steps, where not in what they are computed in.
         self.states_in: torch.dtype | None = None
@@ -111,10 +117,16 @@ class Decoder(nn.Module):
 
     def fuse(self) -> None:
         """Use the kernels for a GPU (see layers.Fusible)."""
+        if self.fused:
+            return
         self.fused = True
         for module in self.modules():
             if isinstance(module, Fusible):
                 module.fuse()
+        self._alike = _alike([block.mixer for block in self.blocks])
+        for group in self._alike:
+            mixers = [self.blocks[i].mixer for i in group]
+            type(mixers[0]).stack(mixers)
 
     def state_specs(self) -> list[StateSpec]:
         """One per layer."""
@@ -153,8 +165,10 @@ class Decoder(nn.Module):
 
     def commit(self, pool: States, slots: Tensor, accepted: Tensor) -> None:
         """Keep the first `accepted` ([B], 0..K) tokens of the last verify."""
-        for block, state in zip(self.blocks, pool.layers, strict=True):
-            block.mixer.commit(state, slots, accepted)
+        for group in self._alike:
+            mixers = [self.blocks[i].mixer for i in group]
+            states = [pool.layers[i] for i in group]
+            type(mixers[0]).commit_all(mixers, states, slots, accepted)
         pool.advance(slots, accepted)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -174,3 +188,17 @@ class Decoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
+
+
+def _alike(mixers: Sequence[Mixer]) -> list[list[int]]:
+    """The numbers of those of one kind with the same options, together."""
+    groups: list[list[int]] = []
+    for i, mixer in enumerate(mixers):
+        for group in groups:
+            first = mixers[group[0]]
+            if type(first) is type(mixer) and first.options == mixer.options:
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return groups

@@ -45,12 +45,24 @@ class MultiTokenPrediction(nn.Module):
 
     def through(self, x: Tensor, run: Run, layers: Sequence[LayerState | None]) -> Tensor:
         """What follows `paired`: [..., 2 width] -> h[d]."""
-        fc = self.fc
-        x = product(x, fc.weight, None) if self.norm.fused else fc(x)
+        x = self._joined(x)
         for block, state in zip(self.blocks, layers, strict=True):
             x = block(x, run, state)
         normed: Tensor = self.norm(x)
         return normed
+
+    def note(self, x: Tensor, run: Run, note: Run, layers: Sequence[LayerState | None]) -> None:
+        """`through` for its blocks' states alone; `note` is the run of the last one's mixer."""
+        x = self._joined(x)
+        *before, (last, kept) = zip(self.blocks, layers, strict=True)
+        for block, state in before:
+            x = block(x, run, state)
+        last.note(x, note, kept)
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """[..., 2 width] -> [..., width]."""
+        joined: Tensor = product(x, self.fc.weight) if self.norm.fused else self.fc(x)
+        return joined
 
 
 def modules(model: Decoder) -> list[MultiTokenPrediction]:
