@@ -55,6 +55,10 @@ class HeadMixer(RecurrentMixer):
         self.o_proj = nn.Linear(o.heads * self.value_dim, width, bias=False)
         self.frequencies = Frequencies(layers.inverse_frequencies(o.rotary_dim, o.rope_theta))
 
+    @property
+    def positional(self) -> bool:  # type: ignore[override]
+        return self.options.rotary_dim > 0
+
     def project(self, x: Tensor, positions: Tensor) -> Inputs:
         """q, k and v; q and k turned by their position."""
         q, k, v = self.heads(x)
