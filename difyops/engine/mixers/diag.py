@@ -33,6 +33,9 @@ class Diag(HeadMixer):
         slot = {name: TensorSpec((block, *replay[name].shape), replay[name].dtype) for name in "kv"}
         return StateSpec(slot=slot, replay=replay | {"at": TensorSpec((), torch.int64)})
 
+    #: A block's end is known by it.
+    positional = True
+
     def project(self, x: Tensor, positions: Tensor) -> Inputs:
         """q, k and v, and `at`: the place in the block."""
         return super().project(x, positions) | {"at": positions % self.options.block}
