@@ -206,11 +206,33 @@ def delta_rule(
     return out, state
 
 
+def inverse_in_tf32(system: Tensor) -> Tensor:
+    """(I + system)⁻¹ [H, T, T], T at most 64, from that of blocks of 16 by products of ten bits."""
+    count = system.shape[-1]
+    full = torch.nn.functional.pad(system, (0, 64 - count, 0, 64 - count))
+    blocks = [full[:, i : i + 16, i : i + 16] for i in range(0, 64, 16)]
+    one = torch.eye(16, dtype=full.dtype, device=full.device)
+    inverse = torch.stack([torch.block_diag(*(torch.linalg.inv(one + b[h]) for b in blocks))
+                           for h in range(len(full))])  # fmt: skip
+    at = torch.arange(64, device=full.device) // 16
+    for size in (2, 4):
+        apart = at[:, None] // (size // 2) != at // (size // 2)
+        between = full * (apart & (at[:, None] // size == at // size))
+        left = in_tf32(inverse) @ in_tf32(between)
+        inverse = inverse - in_tf32(left) @ in_tf32(inverse)
+    return inverse[:, :count, :count]
+
+
+def in_tf32(x: Tensor) -> Tensor:
+    """What a product of tf32 reads: ten bits, the rest is cut off."""
+    return (x.float().view(torch.int32) & ~0x1FFF).view(torch.float32).double()
+
+
 def delta_rule_rounded(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """delta_rule in chunks of 64, rounded to bf16 wherever a product of bf16 makes that necessary:
-    what no such kernel can be better than."""
+    """delta_rule in chunks of 64, rounded wherever a product of bf16 or tf32 makes that necessary:
+    what the kernel cannot be better than."""
 
     def rounded(x: Tensor) -> Tensor:
         return x.bfloat16().double()
@@ -224,7 +246,7 @@ def delta_rule_rounded(
         keys, unit, b, since = k[:, part], size[:, part], beta[:, part], g[:, part].cumsum(-1)
         decay = (since[:, :, None] - since[:, None]).exp()
         system = (keys @ keys.mT * (b * unit)[..., None] * unit[:, None] * decay).tril(-1)
-        inverse = torch.linalg.inv(torch.eye(system.shape[-1], device=k.device) + system)
+        inverse = inverse_in_tf32(system)
         w = rounded(rounded(inverse * (b * unit * since.exp())[:, None]) @ keys)
         before = rounded(state)
         new = rounded(rounded(inverse * b[:, None]) @ v[:, part]) - w @ before
